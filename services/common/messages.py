@@ -1,0 +1,113 @@
+"""What the services say to each other through the queue: a type a message, an example with each.
+
+    gateway ──PromptQueued──▶ sipo:prompts ──▶ generation worker ──PromptSampled──▶ sipo:candidates ──▶ scorer
+    scorer ──PromptDecided──▶ sipo:decisions ──▶ trainer
+
+Messages are facts about ONE prompt of one round of one job, with everything the next stage needs: no stage joins messages.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sipo.preferences import Example, Weights
+
+VERSION = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SamplingPlan(Record):
+    """How candidates are made for every prompt of a job (Eq. 3-5)."""
+
+    sampling_set: str = Field(description="policy set that samples, reviews and rewrites, e.g. 'demo:1'")
+    reward_set: str = Field(description="policy set whose implicit rewards decide, e.g. 'demo:1'")
+    weights: list[Weights] = Field(min_length=1, description="W without its vertices: one sample each")
+    review_weights: Weights = Field(description="w_e of Eq. 4")
+    refine: bool = Field(description="False: samples only, no review and rewrite (the paper's SIPO - refine)")
+    samples_per_weight: int = Field(ge=1, le=16)
+    temperature: float = Field(ge=0)
+    seed: int
+    max_tokens: int = Field(ge=1, description="longest response")
+    review_max_tokens: int = Field(ge=1, description="longest review")
+
+
+class PromptQueued(Record):
+    """A prompt waits for candidates.
+
+    >>> PromptQueued(job="job-1", round=1, prompt="12", example=Example(...), plan=SamplingPlan(...)).id
+    'job-1/1/12'
+    """
+
+    version: Literal[1] = VERSION
+    job: str
+    round: int = Field(ge=1)
+    prompt: str = Field(description="the prompt's id within the job: its row in the job's input, from 0")
+    example: Example
+    plan: SamplingPlan
+
+    @property
+    def id(self) -> str:
+        """The message's identity in every stage: effects are done once per id."""
+        return f"{self.job}/{self.round}/{self.prompt}"
+
+
+class Candidate(Record):
+    """One response that might beat both originals."""
+
+    text: str
+    token_ids: list[int] = Field(description="as the decoder made them, the end token included where it ended by itself")
+    finish_reason: str = Field(description="'stop' or 'length', as vLLM says it")
+    weights: Weights = Field(description="w_m under which it was made")
+    stage: Literal["sample", "rewrite"]
+    review: str | None = Field(default=None, description="the review y^v that a rewrite followed")
+
+
+class PromptSampled(Record):
+    """All candidates of one prompt: ready for scoring."""
+
+    version: Literal[1] = VERSION
+    queued: PromptQueued
+    candidates: list[Candidate]
+
+    @property
+    def id(self) -> str:
+        return self.queued.id
+
+
+Rewards = dict[str, float]
+"""Implicit rewards by model: an objective's name for its policy, format_weights(w) for the soup at w."""
+
+
+class ScoredCandidate(Record):
+    candidate: Candidate
+    rewards: Rewards | None = Field(description="None where the candidate was rejected before scoring")
+    rejected: str | None = Field(description="None for the accepted one, otherwise the rule that rejected it")
+
+
+class PromptDecided(Record):
+    """The outcome for one prompt: exactly one message per prompt and round.
+
+    'accepted': candidates[chosen] beat both originals on every reward (Eq. 7); 'none': no candidate did; 'failed': `error` says why
+    no decision could be made.
+    """
+
+    version: Literal[1] = VERSION
+    job: str
+    round: int
+    prompt: str
+    outcome: Literal["accepted", "none", "failed"]
+    example: Example
+    chosen: int | None = None
+    candidates: list[ScoredCandidate] = []
+    rewards_0: Rewards | None = Field(default=None, description="of example.response_0 (y_-1)")
+    rewards_1: Rewards | None = Field(default=None, description="of example.response_1 (y_1)")
+    error: str | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.job}/{self.round}/{self.prompt}"
