@@ -1,7 +1,7 @@
 """LoRA adapters as plain matrices: read from PEFT's folders, checked, stacked.
 
-The decoder's plugin and the scorer both compute the policies of a set in one pass over the base model. They see the adapters of a set
-as one stack: with A_i [r_i, in] and B_i [out, r_i] (B scaled already), the delta of a row x with one coefficient per adapter is
+The decoder's plugin and the scorer both compute the policies of a set in one pass over the base model. They see the adapters of a
+set as one stack: with A_i [r_i, in] and B_i [out, r_i] (B scaled already), the delta of a row x with one coefficient per adapter is
 
     ((x · A^T) * c) · B^T,   A = [A_1; A_2; …],  B = [B_1, B_2, …],  c = each coefficient repeated r_i times
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -76,6 +77,21 @@ def load_adapter(folder: Path) -> LoraAdapter:
             b = tensors[key.replace("lora_A", "lora_B")]
             modules[match["module"]] = (tensor.float(), b.float() * scaling)
     return LoraAdapter(modules)
+
+
+def check_base(adapter: LoraAdapter, base: Path) -> None:
+    """Raises IncompatiblePolicy unless every module that the adapter changes is in the base's weight files, in the same shape."""
+    shapes: dict[str, list[int]] = {}
+    for path in base.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    for module, (a, b) in adapter.modules.items():
+        wanted = [b.shape[0], a.shape[1]]
+        if shapes.get(f"{module}.weight") != wanted:
+            raise IncompatiblePolicy(
+                f"the adapter changes {module} of shape {wanted}, the base {base.name} has {shapes.get(f'{module}.weight')} there: "
+                "it was trained on another base model"
+            )
 
 
 def stack(adapters: Sequence[LoraAdapter], module: str) -> StackedLora | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from sipo.preferences import ObjectiveName, Weights
+from sipo.training.settings import TrainSettings
 
 
 class JobState(StrEnum):
@@ -37,29 +38,15 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TrainSettings(Request):
-    """One DPO run per objective. Defaults are the small preset for SmolLM2-135M on CPU; docs name the paper's values."""
-
-    epochs: float = Field(default=1, gt=0)
-    learning_rate: float = Field(default=2e-4, gt=0)
-    beta: float = Field(default=0.1, gt=0, description="beta of Eq. 2, 6 and 8")
-    alpha: float = Field(default=0.1, ge=0, description="weight of the NLL term in Eq. 8; a first alignment (Eq. 2) has none")
-    batch_size: int = Field(default=8, ge=1, description="pairs per optimizer step")
-    max_prompt_tokens: int = Field(default=256, ge=1, description="longer prompts are left out and counted")
-    max_response_tokens: int = Field(default=256, ge=1, description="longer responses are cut at the end")
-    lora_rank: int = Field(default=16, ge=1, description="for a first alignment; a SIPO round goes on with the adapters it has")
-    lora_alpha: int = Field(default=32, ge=1)
-    max_pairs: int | None = Field(default=None, ge=1, description="at most this many training pairs per objective, drawn by seed")
-    seed: int = 0
-
-
 class JobSpec(Request):
     """The body of POST /v1/jobs, its input aside."""
 
     policy: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")] = Field(
         description="name of the policies to improve; if it has no set yet, one policy per objective is aligned first"
     )
-    objectives: list[ObjectiveName] | None = Field(default=None, min_length=2, description="default: the set's, or the labels found")
+    objectives: list[ObjectiveName] | None = Field(
+        default=None, min_length=2, description="default: the set's, or the labels found"
+    )
     examples: Literal["conflicting", "all", "non_conflicting"] = "conflicting"
     max_prompts: int | None = Field(default=None, ge=1, description="the first so many of the chosen examples")
     weights: list[Weights] | None = Field(default=None, min_length=1, max_length=32, description="W; default: DESIGN's grid")

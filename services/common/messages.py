@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sipo.preferences import Example, Weights
 
-VERSION = 1
-
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +41,7 @@ class PromptQueued(Record):
     'job-1/1/12'
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     job: str
     round: int = Field(ge=1)
     prompt: str = Field(description="the prompt's id within the job: its row in the job's input, from 0")
@@ -70,7 +68,7 @@ class Candidate(Record):
 class PromptSampled(Record):
     """All candidates of one prompt: ready for scoring."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     queued: PromptQueued
     candidates: list[Candidate]
 
@@ -96,7 +94,7 @@ class PromptDecided(Record):
     no decision could be made.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     job: str
     round: int
     prompt: str

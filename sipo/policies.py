@@ -1,0 +1,244 @@
+"""Policy sets: one LoRA adapter per objective on a shared base, in immutable versioned folders.
+
+    <root>/demo/1/manifest.json, helpful/adapter_model.safetensors, …
+    <root>/demo/current -> 1
+
+A set is published by writing it aside, syncing it to disk and renaming it; `current` moves by renaming a symbolic link. So at any
+moment, and after any crash, readers see the old state or the whole new one. Nobody is told: services look at `current` again and
+again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, NotFound
+from sipo.preferences import Weights, uniform_weights
+from sipo.prompts import PromptFormat
+
+POLICY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+BASE = "base"
+"""Not a set: the name under which the model without any adapter is asked for."""
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelRef(Record):
+    """The model that the adapters change: its name for people, its hash for machines."""
+
+    name: str
+    sha256: str
+
+
+class AdapterRef(Record):
+    sha256: str
+    rank: int
+
+
+class Draft(Record):
+    """What a publisher knows about a set; `Manifest` adds what publishing determines."""
+
+    name: str
+    base: BaseModelRef
+    prompt_format: PromptFormat
+    objectives: list[str]
+    beta: float
+    round: int = 0
+    """0 for a first alignment, k for the k-th SIPO round."""
+    parent: str | None = None
+    data_sha256: str | None = None
+    settings: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+
+
+class Manifest(Draft):
+    version: int
+    created: datetime
+    adapters: dict[str, AdapterRef]
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}:{self.version}"
+
+
+class PolicySet:
+    """A published set: its manifest and where its adapters lie."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def objectives(self) -> list[str]:
+        return self.manifest.objectives
+
+    @property
+    def default_weights(self) -> Weights:
+        return uniform_weights(self.objectives)
+
+    def adapter_dir(self, objective: str) -> Path:
+        """A plain PEFT adapter folder."""
+        return self.folder / objective
+
+    def verify(self) -> None:
+        """Raises IncompatiblePolicy if an adapter is not the one that was published."""
+        for objective, adapter in self.manifest.adapters.items():
+            if adapter_sha256(self.adapter_dir(objective)) != adapter.sha256:
+                raise IncompatiblePolicy(f"{self.id}: the files of {objective!r} changed after publishing: publish the set again")
+
+    def check_base(self, base_sha256: str) -> None:
+        """Raises IncompatiblePolicy if the set belongs to another base than the one given by its hash."""
+        base = self.manifest.base
+        if base.sha256 != base_sha256:
+            raise IncompatiblePolicy(
+                f"{self.id} was trained on {base.name} ({base.sha256[:12]}), this service runs another base ({base_sha256[:12]}): "
+                "start it with that model, or use a policy set made for this one",
+                param="policy_set",
+            )
+
+
+class PolicyStore:
+    """All policy sets under one folder. Safe for any number of readers and publishers on one file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        names = (folder.name for folder in self.root.iterdir())
+        return sorted(name for name in names if POLICY_NAME.fullmatch(name) and self._versions(name))
+
+    def sets(self) -> list[PolicySet]:
+        """Every set, oldest version first within a name."""
+        return [self.get(f"{name}:{version}") for name in self.names() for version in self._versions(name)]
+
+    def get(self, reference: str) -> PolicySet:
+        """The set "demo:2", or the current set of the name "demo". Raises NotFound, saying what there is."""
+        name, colon, version = reference.partition(":")
+        if not colon:
+            current = self.current(name) if POLICY_NAME.fullmatch(name) else None
+            if current is None:
+                known = ", ".join(self.names()) or "none yet"
+                versions = ", ".join(f"{name}:{v}" for v in self._versions(name)) if POLICY_NAME.fullmatch(name) else ""
+                hint = f"it has {versions}, none of them activated" if versions else f"known names: {known}"
+                raise NotFound(f"no current policy set named {name!r}: {hint}", param="policy_set")
+            return current
+        folder = self.root / name / version
+        if not POLICY_NAME.fullmatch(name) or not version.isdecimal() or not folder.is_dir():
+            known = ", ".join(f"{n}:{v}" for n in self.names() for v in self._versions(n)) or "none yet"
+            raise NotFound(f"no policy set {reference!r}: known sets are {known}", param="policy_set")
+        return self._read(folder)
+
+    def current(self, name: str) -> PolicySet | None:
+        """The set that requests for this name get, or None if none was activated."""
+        link = self.root / name / "current"
+        try:
+            version = link.readlink()
+        except OSError:
+            return None
+        return self._read(self.root / name / version)
+
+    def activate(self, reference: str) -> PolicySet:
+        """Makes "demo:2" the current set of "demo"."""
+        if ":" not in reference:
+            raise InvalidRequest(f"{reference!r} names no version: write {reference}:1", param="policy_set")
+        chosen = self.get(reference)
+        folder = chosen.folder.parent
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
+            link = Path(aside) / "current"
+            link.symlink_to(str(chosen.manifest.version))
+            link.rename(folder / "current")
+        _sync(folder)
+        return chosen
+
+    def publish(self, draft: Draft, adapters: Mapping[str, Path], base: Path, *, activate: bool = False) -> PolicySet:
+        """Copies the adapters (objective → PEFT folder) into a new immutable version of `draft.name`; `base` is the folder of the
+        model that they change.
+
+        Raises IncompatiblePolicy for an adapter that cannot be served, InvalidRequest for names that do not fit together; then
+        nothing is left behind.
+        """
+        if not POLICY_NAME.fullmatch(draft.name) or draft.name == BASE:
+            raise InvalidRequest(f"{draft.name!r} is no policy name: small letters, digits, - and _; not {BASE!r}", param="policy")
+        if list(adapters) != draft.objectives or len(adapters) < 2:
+            raise InvalidRequest(f"a policy set needs one adapter for each of two or more objectives, got {', '.join(adapters)}")
+        home = self.root / draft.name
+        home.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=home, prefix=".new-"))
+        try:
+            refs = {objective: _copy_adapter(source, aside / objective, base) for objective, source in adapters.items()}
+            while True:
+                version = max(self._versions(draft.name), default=0) + 1
+                manifest = Manifest(**draft.model_dump(), version=version, created=datetime.now(UTC), adapters=refs)
+                (aside / "manifest.json").write_text(manifest.model_dump_json(indent=1))
+                for path in aside.rglob("*"):
+                    _sync(path)
+                _sync(aside)
+                aside.chmod(0o755)
+                try:
+                    aside.rename(home / str(version))
+                    break
+                except OSError:
+                    # Somebody else published this version in the meantime: take the next one.
+                    if not (home / str(version)).is_dir():
+                        raise
+            _sync(home)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return self.activate(manifest.id) if activate else self._read(home / str(version))
+
+    def _versions(self, name: str) -> list[int]:
+        folder = self.root / name
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+    def _read(self, folder: Path) -> PolicySet:
+        try:
+            return PolicySet(folder, Manifest.model_validate_json((folder / "manifest.json").read_text()))
+        except (OSError, ValidationError) as error:
+            raise Conflict(f"{folder} is no readable policy set: {error}") from error
+
+
+def adapter_sha256(folder: Path) -> str:
+    total = hashlib.sha256()
+    for name in _ADAPTER_FILES:
+        with (folder / name).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _copy_adapter(source: Path, target: Path, base: Path) -> AdapterRef:
+    from sipo.lora import check_base, load_adapter  # torch takes seconds to import, and readers of manifests do without
+
+    adapter = load_adapter(source)
+    check_base(adapter, base)
+    target.mkdir()
+    for name in _ADAPTER_FILES:
+        shutil.copyfile(source / name, target / name)
+    return AdapterRef(sha256=adapter_sha256(target), rank=max(a.shape[0] for a, _ in adapter.modules.values()))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

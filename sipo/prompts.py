@@ -1,0 +1,84 @@
+"""The one prompt format of a policy set: how a prompt and a response become tokens, in sampling, training and scoring alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from sipo.errors import IncompatiblePolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ChatMessage = dict[str, str]
+
+
+class PromptFormat(BaseModel):
+    """`chat`: the tokenizer's chat template with an optional system text. `raw`: `template` with "{prompt}" in it.
+
+    A response ends with the tokenizer's end-of-sequence token: in a chat format, that is what the template puts after a turn.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["chat", "raw"] = "chat"
+    system: str | None = None
+    template: str | None = None
+    chat_template_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> PromptFormat:
+        if self.kind == "raw" and "{prompt}" not in (self.template or ""):
+            raise ValueError("a raw prompt format needs a template with {prompt} in it")
+        return self
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> PromptFormat:
+        """The natural format of a model: its chat template if it has one, otherwise the bare prompt and a newline."""
+        template = tokenizer.chat_template
+        if template is None:
+            return cls(kind="raw", template="{prompt}\n")
+        return cls(kind="chat", system=system, chat_template_sha256=_sha256(template))
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises IncompatiblePolicy if this tokenizer would render prompts in another way than the policies were trained on."""
+        template = tokenizer.chat_template
+        if self.kind == "chat" and (template is None or _sha256(template) != self.chat_template_sha256):
+            raise IncompatiblePolicy("the policies were trained with another chat template than this model's tokenizer has")
+
+    def messages(self, prompt: str) -> list[ChatMessage]:
+        """The conversation that a chat server is asked with; `kind` must be chat."""
+        assert self.kind == "chat"
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return [*system, {"role": "user", "content": prompt}]
+
+    def text(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Everything before the response's first token, as text."""
+        if self.kind == "raw":
+            assert self.template is not None
+            return self.template.replace("{prompt}", prompt)
+        return str(tokenizer.apply_chat_template(self.messages(prompt), tokenize=False, add_generation_prompt=True))
+
+    def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Everything before the response's first token. A chat template writes its special tokens itself; a raw text gets the
+        tokenizer's own (a BOS where the model has one)."""
+        ids: list[int] = tokenizer(self.text(prompt, tokenizer), add_special_tokens=self.kind == "raw")["input_ids"]
+        return ids
+
+    def response_ids(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool = True) -> list[int]:
+        """A response on its own (never tokenised together with the prompt), and the end token where it `ended` by itself."""
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.end_token_id(tokenizer)] if ended else ids
+
+    def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        end = tokenizer.eos_token_id
+        if not isinstance(end, int):
+            raise IncompatiblePolicy("the tokenizer has no end-of-sequence token: responses could not end")
+        return end
+
+
+def _sha256(template: str | dict[str, str] | Sequence[object]) -> str:
+    return hashlib.sha256(str(template).encode()).hexdigest()

@@ -1,0 +1,194 @@
+"""Policy sets: what is published is whole, immutable and found again, whatever happens while it is published."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, NotFound
+from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
+from sipo.prompts import PromptFormat
+
+MODULE = "model.layers.0.self_attn.q_proj"
+WRITES = {"os.mkdir", "os.rename", "os.symlink", "os.chmod", "shutil.copyfile", "open"}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file({f"{MODULE}.weight": torch.zeros(6, 4)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PolicyStore:
+    return PolicyStore(tmp_path / "policies")
+
+
+def make_adapter(folder: Path, *, rank: int = 2, width: int = 4, module: str = MODULE, **config: object) -> Path:
+    folder.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none"} | config
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = {"lora_A": torch.ones(rank, width), "lora_B": torch.ones(6, rank)}
+    save_file(
+        {f"base_model.model.{module}.{name}.weight": tensor for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> dict[str, Path]:
+    return {name: make_adapter(tmp_path / "trained" / name) for name in ("helpful", "harmless")}
+
+
+def draft(name: str = "demo", objectives: tuple[str, ...] = ("helpful", "harmless")) -> Draft:
+    prompt_format = PromptFormat(kind="raw", template="{prompt}\n")
+    base = BaseModelRef(name="tiny", sha256="0" * 64)
+    return Draft(name=name, base=base, prompt_format=prompt_format, objectives=list(objectives), beta=0.1)
+
+
+def test_versions_count_up_and_current_moves_only_when_asked(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    first = store.publish(draft(), adapters, base, activate=True)
+    second = store.publish(draft(), adapters, base)
+    assert [s.id for s in store.sets()] == [first.id, second.id] == ["demo:1", "demo:2"]
+    assert store.get("demo").id == "demo:1"
+    assert store.activate("demo:2").id == store.get("demo").id == "demo:2"
+
+
+def test_a_set_reads_back_as_it_was_published(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    published = store.publish(draft(), adapters, base)
+    read = store.get("demo:1")
+    assert read.manifest == published.manifest
+    assert read.manifest.adapters["helpful"].rank == 2
+    assert read.default_weights == {"helpful": 0.5, "harmless": 0.5}
+    read.verify()
+
+
+def test_files_that_changed_after_publishing_are_noticed(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    published = store.publish(draft(), adapters, base)
+    config = published.adapter_dir("helpful") / "adapter_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(IncompatiblePolicy, match="helpful"):
+        published.verify()
+
+
+def test_a_set_of_another_base_is_refused(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    published = store.publish(draft(), adapters, base)
+    published.check_base("0" * 64)
+    with pytest.raises(IncompatiblePolicy, match="another base"):
+        published.check_base("1" * 64)
+
+
+@pytest.mark.parametrize("reference", ["demo:7", "other", "other:1", "../demo:1", "demo:..", "demo:", ":1"])
+def test_unknown_sets_are_not_found_and_the_error_names_those_that_are(
+    store: PolicyStore, adapters: dict[str, Path], base: Path, reference: str
+) -> None:
+    store.publish(draft(), adapters, base, activate=True)
+    with pytest.raises(NotFound, match="demo"):
+        store.get(reference)
+
+
+def test_a_name_without_an_active_set_says_which_versions_there_are(
+    store: PolicyStore, adapters: dict[str, Path], base: Path
+) -> None:
+    store.publish(draft(), adapters, base)
+    with pytest.raises(NotFound, match="demo:1, none of them activated"):
+        store.get("demo")
+
+
+BAD_ADAPTERS: list[tuple[str, dict[str, object]]] = [
+    ("use_dora", {"use_dora": True}),
+    ("bias", {"bias": "all"}),
+    ("modules_to_save", {"modules_to_save": ["lm_head"]}),
+    ("rank_pattern", {"rank_pattern": {"q_proj": 4}}),
+    ("LOHA", {"peft_type": "LOHA"}),
+    ("embed_tokens", {"module": "model.embed_tokens"}),
+    ("another base model", {"width": 8}),
+    ("another base model", {"module": "model.layers.9.self_attn.q_proj"}),
+]
+
+
+@pytest.mark.parametrize(("reason", "change"), BAD_ADAPTERS)
+def test_an_adapter_that_cannot_be_mixed_is_refused_and_nothing_is_left_behind(
+    store: PolicyStore, adapters: dict[str, Path], base: Path, tmp_path: Path, reason: str, change: dict[str, object]
+) -> None:
+    bad = make_adapter(tmp_path / "bad", **change)  # type: ignore[arg-type]
+    with pytest.raises(IncompatiblePolicy, match=reason):
+        store.publish(draft(), adapters | {"harmless": bad}, base)
+    assert store.sets() == []
+    assert list((store.root / "demo").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["base", "Demo", "a b", "../x", "", "demo:1"])
+def test_a_name_that_could_not_be_asked_for_is_refused(
+    store: PolicyStore, adapters: dict[str, Path], base: Path, name: str
+) -> None:
+    with pytest.raises(InvalidRequest):
+        store.publish(draft(name), adapters, base)
+
+
+def test_one_objective_is_no_set(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    with pytest.raises(InvalidRequest, match="two or more"):
+        store.publish(draft(objectives=("helpful",)), {"helpful": adapters["helpful"]}, base)
+
+
+def test_a_damaged_manifest_is_an_error_that_names_the_folder(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    published = store.publish(draft(), adapters, base)
+    (published.folder / "manifest.json").write_text("{")
+    with pytest.raises(Conflict, match=r"demo/1 is no readable policy set"):
+        store.get("demo:1")
+
+
+def _killed_at_write(step: int, action: Callable[[], object], root: Path) -> bool:
+    """Runs the action in a child that kills itself before its step-th change below root; False if it came to its end."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal seen
+            if event in WRITES and any(str(root) in str(argument) for argument in arguments):
+                seen += 1
+                if seen == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        action()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def _whole(store: PolicyStore) -> list[PolicySet]:
+    sets = store.sets()
+    for policy_set in sets:
+        policy_set.verify()
+    return sets
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_set_current_and_every_set_whole(
+    store: PolicyStore, adapters: dict[str, Path], base: Path
+) -> None:
+    store.publish(draft(), adapters, base, activate=True)
+    seen_current = {"demo:1"}
+    step = 1
+    while _killed_at_write(step, lambda: store.publish(draft(), adapters, base, activate=True), store.root):
+        sets = _whole(store)
+        current = store.get("demo").id
+        # Old or new, and never back: what was once current stays so or is followed by a newer whole set.
+        assert current in {s.id for s in sets}
+        assert int(current.split(":")[1]) >= max(int(c.split(":")[1]) for c in seen_current)
+        seen_current.add(current)
+        step += 1
+    assert step > 10, "the kills must have covered every write"
+    assert store.get("demo").id == _whole(store)[-1].id
