@@ -1,0 +1,44 @@
+"""What every process reads from the environment, and how a bad value stops it.
+
+Each service extends CommonSettings in its own settings.py, and its main.py reads it once, with `load`. Variables are the field names
+in capitals after SIPO_: `data_dir` is SIPO_DATA_DIR. Variables that a service does not know belong to its neighbours.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "SIPO_"
+
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class CommonSettings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", validate_default=True)
+
+    data_dir: Folder = Field(default=Path("~/.sipo"), description="policies, jobs, logs, and the embedded queue's files")
+    cache_dir: Folder = Field(default=Path("~/.cache/sipo"), description="what can be made again: models, hashes")
+    redis_url: str = Field(default="redis://127.0.0.1:6390", pattern=r"^(rediss?|unix)://", description="Redis 7 or Valkey 8, or newer")
+    model: str = Field(default="smollm2-135m", min_length=1, description="base model: bundled name, folder or hub name")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+def load(settings: type[S]) -> S:
+    """The settings from the environment; a bad value ends the process with status 2 and one sentence naming the variable."""
+    try:
+        return settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        variable = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        given = "" if first["type"] == "missing" else f"={first['input']!r}"
+        print(f"{variable}{given} is not usable: {first['msg']}.", file=sys.stderr)
+        raise SystemExit(2) from None
