@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sipo.errors import IncompatiblePolicy
+from sipo.prompts import PromptFormat
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+WORDS = ["<unk>", "<end>", "<system>", "<user>", "<assistant>", "be", "kind", "hello", "you"]
+
+
+def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(WORDS[i] for i in ids)
+
+
+def test_a_chat_prompt_goes_through_the_template_with_the_system_text() -> None:
+    tokenizer = make_tokenizer()
+    prompt_format = PromptFormat.of(tokenizer, system="be kind")
+    assert prompt_format.messages("hello") == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    ids = prompt_format.prompt_ids("hello", tokenizer)
+    assert words(ids) == "<system> be kind <end> <user> hello <end> <assistant>"
+
+
+def test_a_model_without_a_template_gets_a_raw_format() -> None:
+    tokenizer = make_tokenizer(None)
+    prompt_format = PromptFormat.of(tokenizer)
+    assert prompt_format.kind == "raw"
+    assert prompt_format.text("hello", tokenizer) == "hello\n"
+
+
+def test_braces_in_a_prompt_stay_as_they_are() -> None:
+    prompt_format = PromptFormat(kind="raw", template="Q: {prompt} A:")
+    assert prompt_format.text("{x} {prompt}", make_tokenizer(None)) == "Q: {x} {prompt} A:"
+
+
+def test_a_response_ends_with_the_end_token_once_and_only_if_it_ended() -> None:
+    tokenizer = make_tokenizer()
+    prompt_format = PromptFormat.of(tokenizer)
+    assert words(prompt_format.response_ids("hello you", tokenizer)) == "hello you <end>"
+    assert words(prompt_format.response_ids("hello you", tokenizer, ended=False)) == "hello you"
+
+
+def test_another_chat_template_is_refused() -> None:
+    prompt_format = PromptFormat.of(make_tokenizer())
+    prompt_format.check(make_tokenizer())
+    with pytest.raises(IncompatiblePolicy, match="chat template"):
+        prompt_format.check(make_tokenizer(TEMPLATE + " "))
+    with pytest.raises(IncompatiblePolicy, match="chat template"):
+        prompt_format.check(make_tokenizer(None))
+
+
+def test_a_raw_format_needs_a_place_for_the_prompt() -> None:
+    with pytest.raises(ValidationError, match=r"\{prompt\}"):
+        PromptFormat(kind="raw", template="no place")
