@@ -1,7 +1,7 @@
 """Logs: one JSON object a line on stderr, ours and those of every library that uses the standard logging module.
 
-    log = structlog.get_logger(__name__)
-    log.info("policy set loaded", policy_set="demo:2", seconds=1.4)
+log = structlog.get_logger(__name__)
+log.info("policy set loaded", policy_set="demo:2", seconds=1.4)
 """
 
 from __future__ import annotations

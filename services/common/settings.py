@@ -1,7 +1,7 @@
 """What every process reads from the environment, and how a bad value stops it.
 
-Each service extends CommonSettings in its own settings.py, and its main.py reads it once, with `load`. Variables are the field names
-in capitals after SIPO_: `data_dir` is SIPO_DATA_DIR. Variables that a service does not know belong to its neighbours.
+Each service extends CommonSettings in its own settings.py, and its main.py reads it once, with `load`. Variables are the field
+names in capitals after SIPO_: `data_dir` is SIPO_DATA_DIR. Variables that a service does not know belong to its neighbours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class CommonSettings(BaseSettings):
 
     data_dir: Folder = Field(default=Path("~/.sipo"), description="policies, jobs, logs, and the embedded queue's files")
     cache_dir: Folder = Field(default=Path("~/.cache/sipo"), description="what can be made again: models, hashes")
-    redis_url: str = Field(default="redis://127.0.0.1:6390", pattern=r"^(rediss?|unix)://", description="Redis 7 or Valkey 8, or newer")
+    redis_url: str = Field(
+        default="redis://127.0.0.1:6390", pattern=r"^(rediss?|unix)://", description="Redis 7 or Valkey 8, or newer"
+    )
     model: str = Field(default="smollm2-135m", min_length=1, description="base model: bundled name, folder or hub name")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
