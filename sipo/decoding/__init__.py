@@ -1,0 +1,7 @@
+"""Multi-objective decoding (MOD, arXiv 2406.18853; SIPO Eq. 3): one token stream from several policies at given preference weights.
+
+mixing      what a mixture is, as functions
+request     what one request asks of the decoder
+reference   the exact decoder on plain transformers, one forward per policy: slow, obviously right
+vllm/       the same inside vLLM, batched; nothing else imports vLLM
+"""

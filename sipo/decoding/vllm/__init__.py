@@ -1,0 +1,37 @@
+"""Multi-objective decoding inside vLLM: the only part of the project that imports it.
+
+One request stays one engine request. Inside the model every token becomes `slots` rows, one per entry of the request's Mixture, so
+scheduling, paging, prefix caching, sampling and streaming remain vLLM's, and requests of any sets, modes and weights share a batch.
+
+batch      what the running requests ask for, row by row (vLLM's logits-processor hook), and the resident policy sets
+model      the architectures with rows per slot, wide attention and LoRA deltas
+worker     loading and unloading policy sets in a running engine
+engine     how an engine is started, and the offline class
+server     vLLM's OpenAI server as an ASGI app
+
+`register` is the entry point of vLLM's general plugins: vLLM calls it in each of its processes.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def register() -> None:
+    from sipo.decoding.vllm.model import register_architectures
+
+    register_architectures()
+
+
+def set_environment(*, kv_cache_gib: int, threads: int) -> None:
+    """vLLM reads these variables when it is imported or starts processes, so this comes first. What the operator has set stays."""
+    defaults = {
+        "VLLM_PLUGINS": "sipo",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other runner has another logits-processor interface
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

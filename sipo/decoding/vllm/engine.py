@@ -1,0 +1,86 @@
+"""How an engine with the plugin is started, and the same engine offline, on a list of prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sipo.decoding.request import EXTRA_ARG, Mixture
+from sipo.decoding.vllm.batch import SLOTS
+from sipo.decoding.vllm.model import PREFIX
+from sipo.errors import IncompatiblePolicy, InvalidRequest
+
+
+def engine_arguments(model: Path, *, slots: int, dtype: str, max_model_len: int | None, max_num_seqs: int) -> dict[str, Any]:
+    """Arguments for vLLM's EngineArgs. Raises InvalidRequest for an architecture that the plugin was not made for."""
+    from vllm import ModelRegistry
+
+    config = json.loads((model / "config.json").read_text())
+    architecture = PREFIX + config["architectures"][0]
+    supported = [name for name in ModelRegistry.get_supported_archs() if name.startswith(PREFIX)]
+    if architecture not in supported:
+        known = ", ".join(sorted(name.removeprefix(PREFIX) for name in supported))
+        raise InvalidRequest(f"{model} is a {config['architectures'][0]}: the decoder mixes {known}", param="model")
+    return {
+        "model": str(model),
+        "hf_overrides": {"architectures": [architecture]},
+        "dtype": dtype if dtype != "auto" else _natural_dtype(),
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "enforce_eager": True,
+        "logits_processors": ["sipo.decoding.vllm.batch:MixtureProcessor"],
+        "worker_extension_cls": "sipo.decoding.vllm.worker.PolicyWorker",
+        "additional_config": {SLOTS: slots},
+        # By its full name: vLLM takes "uni" on a CPU for "mp", one more process that spins on shared memory.
+        "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+    }
+
+
+def _natural_dtype() -> str:
+    """float32 on processors that would only emulate bfloat16."""
+    has_bfloat16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+class OfflineDecoder:
+    """The engine in this process, for a list of prompts and mixtures."""
+
+    def __init__(
+        self, model: Path, *, slots: int = 2, dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int = 64, **options: Any
+    ) -> None:
+        """`options` go to vLLM's EngineArgs as they are."""
+        from vllm import LLM
+
+        from sipo.decoding.vllm import register
+
+        register()
+        self.slots = slots
+        arguments = engine_arguments(model, slots=slots, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+        self.llm = LLM(**(arguments | options))
+
+    def load(self, key: str, adapters: Mapping[str, Path]) -> None:
+        """Makes a set resident: mixtures name it by `key`. Raises IncompatiblePolicy."""
+        (refusal,) = self.llm.collective_rpc("sipo_load", args=(key, [str(folder) for folder in adapters.values()]))
+        if refusal:
+            raise IncompatiblePolicy(refusal)
+
+    def unload(self, key: str) -> None:
+        self.llm.collective_rpc("sipo_unload", args=(key,))
+
+    def generate(self, prompts: Sequence[Sequence[int]], mixtures: Sequence[Mixture], **sampling: Any) -> list[list[int]]:
+        """The token ids of one response per prompt (token ids) and mixture; `sampling` are vLLM's SamplingParams."""
+        from vllm import SamplingParams
+
+        for mixture in mixtures:
+            if len(mixture.entries) > self.slots:
+                raise InvalidRequest(f"{len(mixture.entries)} entries need slots={len(mixture.entries)}, this decoder has {self.slots}")
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(ids), "cache_salt": m.cache_salt()} for ids, m in zip(prompts, mixtures, strict=True)],
+            [SamplingParams(**sampling, extra_args={EXTRA_ARG: m.model_dump_json()}) for m in mixtures],
+            use_tqdm=False,
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
