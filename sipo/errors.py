@@ -7,6 +7,7 @@ SipoError
 │   └── IncompatiblePolicy    400  an adapter or a policy set that this base model cannot take
 ├── NotFound                  404
 ├── Conflict                  409  the input is fine, the present state does not allow it
+├── TrainingFailed            500  a training run ended without a policy
 └── Unavailable               503  nothing is wrong with the request: the same one may work later
 
 Services turn them into HTTP in one place (services.common.app); queue consumers record `code` and the message.
@@ -58,6 +59,10 @@ class NotFound(SipoError):
 class Conflict(SipoError):
     status = 409
     code = "conflict"
+
+
+class TrainingFailed(SipoError):
+    code = "training_failed"
 
 
 class Unavailable(SipoError):

@@ -1,0 +1,225 @@
+"""One objective's training run on TRL's DPOTrainer: a first alignment (Eq. 2) or a SIPO round (Eq. 8). No training loop of our own.
+
+Both minimise
+
+    -log sigmoid(beta · [log pi(y_c|x)/pi_ref(y_c|x) - log pi(y_l|x)/pi_ref(y_l|x)]) + alpha · (-log pi(y_c|x) / |y_c|)
+
+with alpha = 0 in a first alignment. TRL's "sft" term is the mean over all chosen tokens of a micro-batch, Eq. 8's is per response:
+they are the same at one pair per micro-batch, so pairs are accumulated one by one up to the batch size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer
+
+from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
+from sipo.training.data import Pair, TokenisedPairs, tokenise
+from sipo.training.settings import ADAPTER, METRICS, PAIRS, Measure, Progress, TrainMetrics, TrainRun
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+WARMUP = 0.1
+WEIGHT_DECAY = 0.05
+
+
+class PairTrainer(DPOTrainer):  # type: ignore[misc]
+    """Stock DPOTrainer on rows with tokens: its own tokenisation would keep what a chat template writes after the end token."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
+class Reporter(TrainerCallback):  # type: ignore[misc]
+    """Reports each step; a loss that is no number ends the run at once."""
+
+    def __init__(self, objective: str, report: Callable[[Progress], None]) -> None:
+        self.objective = objective
+        self.report = report
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        if "loss" not in logs:
+            return
+        if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
+            raise TrainingFailed(
+                f"the training of {self.objective!r} diverged at step {state.global_step}: loss {logs['loss']}, gradient norm "
+                f"{logs['grad_norm']}; use a smaller learning_rate"
+            )
+        per_step = (time.monotonic() - self.started) / (state.global_step - self.first_step)
+        self.report(
+            Progress(
+                objective=self.objective,
+                step=state.global_step,
+                of=state.max_steps,
+                loss=logs["loss"],
+                margin=logs["rewards/margins"],
+                accuracy=logs["rewards/accuracies"],
+                seconds_left=round(per_step * (state.max_steps - state.global_step), 1),
+            )
+        )
+
+
+def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> TrainMetrics:
+    """Trains on `folder`/pairs.jsonl and leaves the adapter and, last, the metrics in `folder`.
+
+    Raises InvalidRequest if no pair is usable, IncompatiblePolicy if the base or the start adapter does not fit, TrainingFailed if
+    the loss diverges.
+    """
+    settings = run.settings
+    tokenizer = AutoTokenizer.from_pretrained(run.base)
+    run.prompt_format.check(tokenizer)
+    data = tokenise(
+        _read_pairs(folder / PAIRS),
+        run.prompt_format,
+        tokenizer,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_response_tokens=settings.max_response_tokens,
+        max_pairs=settings.max_pairs,
+        seed=settings.seed,
+    )
+    if not data.train:
+        raise InvalidRequest(f"no pair to train {run.objective!r} on: {_left_out(data, settings.max_prompt_tokens)}")
+
+    trainer = build_trainer(run, folder, data, tokenizer)
+    trainer.add_callback(Reporter(run.objective, report))
+    started = time.monotonic()
+    before = _measure(trainer)
+    trainer.train()
+    after = _measure(trainer)
+    if not math.isfinite(after.loss):
+        raise TrainingFailed(f"the training of {run.objective!r} diverged in its last step: use a smaller learning_rate")
+    _save_adapter(trainer.model, folder / ADAPTER, run.base_name)
+    metrics = TrainMetrics(
+        objective=run.objective,
+        pairs=len(data.train),
+        validation_pairs=len(data.validation),
+        held_out=data.held_out,
+        prompts_too_long=data.left_out["prompts_too_long"],
+        identical=data.left_out["identical"],
+        responses_cut=data.left_out["responses_cut"],
+        steps=trainer.state.global_step,
+        seconds=round(time.monotonic() - started, 1),
+        before=before,
+        after=after,
+    )
+    aside = folder / f".{METRICS}"
+    aside.write_text(metrics.model_dump_json(indent=1))
+    aside.rename(folder / METRICS)
+    return metrics
+
+
+def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: Any) -> DPOTrainer:
+    """The trainer with its model.
+
+    With `run.start`, TRL keeps a frozen copy of that adapter as reference. Without, it makes a fresh LoRA (after seeding: policies
+    of one seed share A's initial values) and its reference is the base.
+    """
+    settings = run.settings
+    model = AutoModelForCausalLM.from_pretrained(run.base, dtype=getattr(torch, run.dtype))
+    fresh = None
+    if run.start is None:
+        fresh = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
+    else:
+        try:
+            model = PeftModel.from_pretrained(model, run.start, is_trainable=True)
+        except (ValueError, RuntimeError) as error:
+            raise IncompatiblePolicy(f"cannot go on with {run.start}: {error}") from error
+    train_rows = Dataset.from_list(data.train)
+    steps_per_epoch = math.ceil(len(data.train) / settings.batch_size)
+    eq8 = settings.alpha > 0
+    args = DPOConfig(
+        output_dir=str(folder / "checkpoints"),
+        loss_type=["sigmoid", "sft"] if eq8 else ["sigmoid"],
+        loss_weights=[1.0, settings.alpha] if eq8 else None,
+        beta=settings.beta,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        # Rounded down: a short run has no step to lose to a learning rate of 0.
+        warmup_steps=int(WARMUP * settings.epochs * steps_per_epoch),
+        weight_decay=WEIGHT_DECAY,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=settings.batch_size,
+        # Costs one pass per pair, as computing it on the way would, and saves one for each further look at a pair.
+        precompute_ref_log_probs=True,
+        max_length=None,  # lengths are cut in sipo.training.data
+        bf16=run.dtype == "bfloat16",
+        gradient_checkpointing=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        seed=settings.seed,
+    )
+    trainer = PairTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=Dataset.from_list(data.validation) if data.held_out else train_rows,
+        processing_class=tokenizer,
+        peft_config=fresh,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _read_pairs(path: Path) -> list[Pair]:
+    with path.open() as file:
+        return [json.loads(line) for line in file]
+
+
+def _left_out(data: TokenisedPairs, max_prompt_tokens: int) -> str:
+    counts = data.left_out
+    if not counts:
+        return "there are no pairs"
+    return (
+        f"{counts['prompts_too_long']} prompts are longer than max_prompt_tokens = {max_prompt_tokens}, "
+        f"in {counts['identical']} pairs chosen and rejected are the same"
+    )
+
+
+def _measure(trainer: DPOTrainer) -> Measure:
+    logs = trainer.evaluate()
+    margin = logs["eval_rewards/margins"]
+    # Before training the policy is its reference: every pair is a tie, which TRL counts as a miss.
+    accuracy = logs["eval_rewards/accuracies"] if margin else 0.5
+    return Measure(loss=logs["eval_loss"], margin=margin, accuracy=accuracy)
+
+
+def _save_adapter(model: Any, target: Path, base_name: str) -> None:
+    """Only the trained adapter: not the reference's copy, and not the place where this machine keeps the base."""
+    shutil.rmtree(target, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = base_name
+    # Only q, k, v and o are trained: no need for PEFT to look up whether the embeddings were.
+    model.save_pretrained(target, selected_adapters=["default"], save_embedding_layers=False)
+    (target / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

@@ -1,0 +1,112 @@
+"""What goes into a training run and what comes out: one run trains one objective's policy.
+
+A run's folder holds run.yaml (TrainRun), pairs.jsonl, and at its end adapter/ (a plain PEFT adapter) and, written last,
+metrics.json (TrainMetrics): a folder with metrics.json is finished.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sipo.errors import InvalidRequest
+from sipo.preferences import ObjectiveName
+from sipo.prompts import PromptFormat
+
+PAIRS = "pairs.jsonl"
+ADAPTER = "adapter"
+METRICS = "metrics.json"
+
+
+class _Record(BaseModel):
+    # An unknown field is a mistake, not a wish.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainSettings(_Record):
+    """One DPO run per objective. Defaults are the small preset for SmolLM2-135M on CPU; docs name the paper's values."""
+
+    epochs: float = Field(default=1, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    beta: float = Field(default=0.1, gt=0, description="beta of Eq. 2, 6 and 8")
+    alpha: float = Field(default=0.1, ge=0, description="weight of the NLL term in Eq. 8; a first alignment (Eq. 2) has none")
+    batch_size: int = Field(default=8, ge=1, description="pairs per optimizer step")
+    max_prompt_tokens: int = Field(default=256, ge=1, description="longer prompts are left out and counted")
+    max_response_tokens: int = Field(default=256, ge=1, description="longer responses are cut at the end")
+    lora_rank: int = Field(default=16, ge=1, description="for a first alignment; a SIPO round goes on with the adapters it has")
+    lora_alpha: int = Field(default=32, ge=1)
+    max_pairs: int | None = Field(default=None, ge=1, description="at most this many training pairs per objective, drawn by seed")
+    seed: int = 0
+
+
+class TrainRun(_Record):
+    """One objective's run, as its run.yaml says it. The run's folder is where that file lies."""
+
+    objective: ObjectiveName
+    base: Path = Field(description="folder of the base model")
+    base_name: str = Field(description="the base as the adapter's configuration names it")
+    prompt_format: PromptFormat
+    start: Path | None = Field(
+        default=None, description="adapter to go on with, itself frozen as reference; None: a fresh LoRA, the base as reference"
+    )
+    settings: TrainSettings
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the base's weights; the LoRA's are float32")
+
+
+class Progress(_Record):
+    """One optimizer step, printed as a line of JSON. Margin and accuracy: of implicit rewards against the run's reference."""
+
+    objective: str
+    step: int
+    of: int
+    loss: float
+    margin: float
+    accuracy: float
+    seconds_left: float
+
+
+class Failure(_Record):
+    """The last line of a run that cannot end well."""
+
+    error: str
+
+
+class Measure(_Record):
+    """The run's loss and implicit rewards on its validation pairs. A tie is half a hit: before training every pair is one."""
+
+    loss: float
+    margin: float
+    accuracy: float
+
+
+class TrainMetrics(_Record):
+    """What a finished run reports."""
+
+    objective: str
+    pairs: int = Field(description="trained on")
+    validation_pairs: int
+    held_out: bool = Field(description="False: too few pairs, the validation pairs are the training pairs")
+    prompts_too_long: int = Field(description="pairs left out for it")
+    identical: int = Field(description="pairs left out, chosen and rejected being the same")
+    responses_cut: int
+    steps: int
+    seconds: float
+    before: Measure
+    after: Measure
+
+
+def read_run(path: Path) -> TrainRun:
+    try:
+        return TrainRun.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise InvalidRequest(f"{path} is no training run: {error}") from error
+
+
+def write_run(folder: Path, run: TrainRun) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return path

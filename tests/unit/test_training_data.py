@@ -1,0 +1,86 @@
+"""Pairs and their tokens, on a byte-level tokenizer."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerFast
+
+from sipo.preferences import Example
+from sipo.prompts import PromptFormat
+from sipo.training.data import Pair, TokenisedPairs, alignment_pairs, pairs, tokenise
+
+END = 0
+
+
+def tokens(source: list[Pair], tokenizer: PreTrainedTokenizerFast, **changes: int | None) -> TokenisedPairs:
+    settings = {"max_prompt_tokens": 64, "max_response_tokens": 32, "max_pairs": None, "seed": 0} | changes
+    return tokenise(source, PromptFormat.of(tokenizer), tokenizer, **settings)  # type: ignore[arg-type]
+
+
+def numbered(count: int) -> list[Pair]:
+    return [Pair(prompt=f"p{i}", chosen=f"good {i}", rejected=f"bad {i}") for i in range(count)]
+
+
+def test_alignment_pairs_follow_the_objectives_label_and_skip_examples_without_one() -> None:
+    examples = [
+        Example(prompt="a", response_0="a0", response_1="a1", labels={"warm": 1, "concise": 0}),
+        Example(prompt="b", response_0="b0", response_1="b1", labels={"concise": 1}),
+    ]
+    assert list(alignment_pairs(examples, "warm")) == [{"prompt": "a", "chosen": "a1", "rejected": "a0"}]
+    assert [pair["chosen"] for pair in alignment_pairs(examples, "concise")] == ["a0", "b1"]
+
+
+def test_an_accepted_response_beats_both_originals() -> None:
+    assert pairs("x", "best", ["y0", "y1"]) == [
+        {"prompt": "x", "chosen": "best", "rejected": "y0"},
+        {"prompt": "x", "chosen": "best", "rejected": "y1"},
+    ]
+
+
+def test_tokens_are_those_of_the_prompt_format_with_one_end_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    (row,) = tokens([Pair(prompt="hi", chosen="yes", rejected="no")], tiny_tokenizer).train
+    assert tiny_tokenizer.decode(row["prompt_ids"]) == "u:hi<end>\na:"
+    assert tiny_tokenizer.decode(row["chosen_ids"]) == "yes<end>"
+    assert tiny_tokenizer.decode(row["rejected_ids"]) == "no<end>"
+
+
+def test_a_sampled_response_keeps_the_tokens_it_was_sampled_with(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    sampled = [5, 6, 7]
+    (row,) = tokens([Pair(prompt="hi", chosen="yes", rejected="no", chosen_token_ids=sampled)], tiny_tokenizer).train
+    assert row["chosen_ids"] == sampled
+
+
+def test_long_prompts_are_left_out_long_responses_lose_their_end_and_both_are_counted(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    source = [
+        Pair(prompt="p" * 65, chosen="a", rejected="b"),
+        Pair(prompt="p", chosen="a" * 40, rejected="b"),
+        Pair(prompt="q", chosen="same", rejected="same"),
+    ]
+    found = tokens(source, tiny_tokenizer)
+    (row,) = found.train
+    assert len(row["chosen_ids"]) == 32 and END not in row["chosen_ids"]
+    assert found.left_out == {"prompts_too_long": 1, "responses_cut": 1, "identical": 1}
+
+
+def test_a_tenth_is_held_out_from_forty_pairs_on(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    few = tokens(numbered(39), tiny_tokenizer)
+    assert not few.held_out and few.validation == few.train and len(few.train) == 39
+    enough = tokens(numbered(40), tiny_tokenizer)
+    assert enough.held_out and (len(enough.train), len(enough.validation)) == (36, 4)
+    assert not [row for row in enough.validation if row in enough.train]
+
+
+def test_both_pairs_of_a_prompt_stay_on_one_side_of_the_split(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    source = [pair for i in range(30) for pair in pairs(f"p{i}", f"best {i}", [f"a{i}", f"b{i}"])]
+    found = tokens(source, tiny_tokenizer)
+    prompts = [{tuple(row["prompt_ids"]) for row in side} for side in (found.train, found.validation)]
+    assert found.held_out and not prompts[0] & prompts[1]
+    assert len(found.train) + len(found.validation) == 60
+
+
+def test_max_pairs_draws_usable_pairs_by_seed(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    source = [*numbered(20), Pair(prompt="p" * 65, chosen="a", rejected="b")]
+    drawn = [tokens(source, tiny_tokenizer, max_pairs=10, seed=seed).train for seed in (1, 1, 2)]
+    assert [len(rows) for rows in drawn] == [10, 10, 10]
+    assert drawn[0] == drawn[1] != drawn[2]
