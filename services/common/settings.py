@@ -24,6 +24,7 @@ class CommonSettings(BaseSettings):
 
     data_dir: Folder = Field(default=Path("~/.sipo"), description="policies, jobs, logs, and the embedded queue's files")
     cache_dir: Folder = Field(default=Path("~/.cache/sipo"), description="what can be made again: models, hashes")
+    host: str = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for all")
     redis_url: str = Field(
         default="redis://127.0.0.1:6390", pattern=r"^(rediss?|unix)://", description="Redis 7 or Valkey 8, or newer"
     )

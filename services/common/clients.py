@@ -1,0 +1,195 @@
+"""How services call each other over HTTP: the decoder (vLLM's OpenAI server with our fields) and the reviewer.
+
+What went wrong comes out as our own errors: Unavailable if the service does not answer, or says 503 or 429; the caller's mistakes
+as InvalidRequest, NotFound or Conflict with the service's message; anything else as SipoError. Nothing is retried here: callers
+know whether to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from sipo.errors import Conflict, InvalidRequest, NotFound, SipoError, Unavailable
+from sipo.preferences import Weights
+
+TIMEOUT = httpx.Timeout(600, connect=5)  # seconds; an answer on a loaded CPU takes minutes
+
+ChatMessages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    text: str
+    token_ids: list[int]  # of the text, the end token included where it ended by itself
+    finish_reason: str  # "stop" or "length"
+    prompt_tokens: int
+
+
+class ServiceClient:
+    """`name` is how errors call the service."""
+
+    name: str
+
+    def __init__(self, url: str, *, timeout: httpx.Timeout = TIMEOUT, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self.url = url
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)  # the service queues, not the client
+        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, transport=transport, limits=limits)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def ready(self) -> str | None:
+        """None if the service is ready, otherwise why not: what an application's own readiness asks."""
+        try:
+            await self._ask("GET", "/ready")
+        except SipoError as error:
+            return error.message
+        return None
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        reply: dict[str, Any] = (await self._ask("POST", path, json={k: v for k, v in body.items() if v is not None})).json()
+        return reply
+
+    async def _ask(self, method: str, path: str, **content: Any) -> httpx.Response:
+        try:
+            reply = await self._http.request(method, path, **content)
+        except httpx.TransportError as error:
+            raise Unavailable(f"the {self.name} at {self.url} does not answer ({type(error).__name__})") from error
+        if reply.is_error:
+            raise _error(self.name, reply)
+        return reply
+
+
+class DecoderClient(ServiceClient):
+    name = "decoder"
+
+    async def chat(
+        self,
+        prompt: str | Sequence[int] | ChatMessages,
+        *,
+        max_tokens: int,
+        weights: Weights | None = None,
+        policy_set: str | None = None,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        n: int = 1,
+        priority: int = 0,
+    ) -> list[Completion]:
+        """`n` answers to chat messages, or continuations of a raw prompt (text, or the token ids themselves).
+
+        `weights` mix the policies of `policy_set` (default: uniform, and the current set). Jobs have priority 2, others 0.
+        """
+        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        body = {
+            "messages" if chat else "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "preference_weights": weights,
+            "policy_set": policy_set,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "n": n,
+            "priority": priority,
+            "return_token_ids": True,
+        }
+        reply = await self._post("/v1/chat/completions" if chat else "/v1/completions", body)
+        return [
+            Completion(
+                text=(choice["message"]["content"] or "") if chat else choice["text"],
+                token_ids=choice["token_ids"],
+                finish_reason=choice["finish_reason"],
+                prompt_tokens=reply["usage"]["prompt_tokens"],
+            )
+            for choice in sorted(reply["choices"], key=lambda choice: choice["index"])
+        ]
+
+
+class ReviewerClient(ServiceClient):
+    """Eq. 4 and 5. `objectives` and `weights` are those that the review, or the rewrite, is made for."""
+
+    name = "reviewer"
+
+    async def review(
+        self,
+        prompt: str,
+        response: str,
+        *,
+        objectives: Sequence[str],
+        weights: Weights,
+        policy_set: str | None = None,
+        max_tokens: int,
+        temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> str:
+        """y^v, the critique of `response`."""
+        body = {
+            "prompt": prompt,
+            "response": response,
+            "objectives": list(objectives),
+            "weights": weights,
+            "policy_set": policy_set,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        review: str = (await self._post("/v1/reviews", body))["review"]
+        return review
+
+    async def rewrite(
+        self,
+        prompt: str,
+        response: str,
+        review: str,
+        *,
+        objectives: Sequence[str],
+        weights: Weights,
+        policy_set: str | None = None,
+        max_tokens: int,
+        temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> Completion:
+        """y^r, `response` rewritten as `review` asks."""
+        body = {
+            "prompt": prompt,
+            "response": response,
+            "review": review,
+            "objectives": list(objectives),
+            "weights": weights,
+            "policy_set": policy_set,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        reply = await self._post("/v1/rewrites", body)
+        return Completion(reply["text"], reply["token_ids"], reply["finish_reason"], reply.get("prompt_tokens", 0))
+
+
+def _error(service: str, reply: httpx.Response) -> SipoError:
+    """Our error for an HTTP status; its message is the service's own where it sent one in OpenAI's shape."""
+    try:
+        sent = reply.json()["error"]
+        message, param = str(sent["message"]), sent.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message, param = f"the {service} answered HTTP {reply.status_code} {reply.reason_phrase}", None
+    if reply.status_code in (429, 502, 503, 504):
+        try:
+            return Unavailable(message, retry_after=float(reply.headers["retry-after"]))
+        except (KeyError, ValueError):
+            return Unavailable(message)
+    if reply.status_code == 404:
+        return NotFound(message, param=param)
+    if reply.status_code == 409:
+        return Conflict(message, param=param)
+    if reply.status_code < 500:
+        return InvalidRequest(message, param=param)
+    return SipoError(f"the {service} failed: {message}")

@@ -1,0 +1,58 @@
+"""The whole system on one machine: which processes there are, in which order they start, and how they find each other.
+
+docker-compose.yml says the same for containers, with the same commands and variables.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from services.common.processes import free_ports
+from services.common.settings import CommonSettings
+from services.common.supervisor import ProcessSpec
+from services.common.valkey import server_argv, stop_leftover
+
+LOCAL = "127.0.0.1"
+
+
+def stack_specs(settings: CommonSettings, *, host: str = LOCAL, gateway_port: int = 8000) -> list[ProcessSpec]:
+    """Queue, decoder, reviewer, scorer, trainer, worker and gateway (on `host`:`gateway_port`; all others local, on free ports).
+
+    The queue is embedded, in <data_dir>/queue, unless SIPO_REDIS_URL was given.
+    """
+    names = ("queue", "decoder", "reviewer", "scorer", "trainer", "worker")
+    ports = dict(zip(names, free_ports(len(names)), strict=True)) | {"gateway": gateway_port}
+    urls = {name: f"http://{LOCAL}:{port}" for name, port in ports.items()}
+    external = "redis_url" in settings.model_fields_set
+    redis_url = settings.redis_url if external else f"redis://{LOCAL}:{ports['queue']}"
+    env = {
+        "SIPO_DATA_DIR": str(settings.data_dir),
+        "SIPO_CACHE_DIR": str(settings.cache_dir),
+        "SIPO_MODEL": settings.model,
+        "SIPO_LOG_LEVEL": settings.log_level,
+        "SIPO_REDIS_URL": redis_url,
+        "SIPO_DECODER_URL": urls["decoder"],
+        "SIPO_REVIEWER_URL": urls["reviewer"],
+        "SIPO_SCORER_URL": urls["scorer"],
+    }
+
+    def service(name: str, module: str, after: tuple[str, ...]) -> ProcessSpec:
+        address = {"SIPO_HOST": host if name == "gateway" else LOCAL, f"SIPO_{name.upper()}_PORT": str(ports[name])}
+        return ProcessSpec(name, (sys.executable, "-m", module), env | address, f"{urls[name]}/ready", after)
+
+    if external:
+        queue: list[ProcessSpec] = []
+    else:
+        folder = settings.data_dir / "queue"
+        stop_leftover(folder)
+        queue = [ProcessSpec("queue", server_argv(folder, ports["queue"]), ready_url=redis_url)]
+    needs_queue = tuple(spec.name for spec in queue)
+    return [
+        *queue,
+        service("decoder", "services.decoder", after=()),
+        service("reviewer", "services.reviewer", after=("decoder",)),
+        service("scorer", "services.scorer", after=needs_queue),
+        service("trainer", "services.trainer", after=needs_queue),
+        service("worker", "gateway.worker", after=(*needs_queue, "decoder", "reviewer")),
+        service("gateway", "gateway", after=(*needs_queue, "decoder")),
+    ]

