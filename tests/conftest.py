@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import pytest_asyncio
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
     from transformers import PreTrainedTokenizerFast
 
 
@@ -51,3 +54,31 @@ def tiny_base(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """An empty SIPO_DATA_DIR."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real embedded Valkey, one for all tests."""
+    from services.common.valkey import server
+
+    with server(tmp_path_factory.mktemp("queue")) as url:
+        yield url
+
+
+@pytest_asyncio.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    """A client of the Valkey, which is empty at the start of each test."""
+    from services.common.queue import connect
+
+    client = connect(redis_url)
+    await client.flushall()
+    yield client
+    await client.aclose()

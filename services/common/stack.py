@@ -10,19 +10,21 @@ import sys
 from services.common.processes import free_ports
 from services.common.settings import CommonSettings
 from services.common.supervisor import ProcessSpec
-from services.common.valkey import server_argv, stop_leftover
 
 LOCAL = "127.0.0.1"
 
 
-def stack_specs(settings: CommonSettings, *, host: str = LOCAL, gateway_port: int = 8000) -> list[ProcessSpec]:
-    """Queue, decoder, reviewer, scorer, trainer, worker and gateway (on `host`:`gateway_port`; all others local, on free ports).
+def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[ProcessSpec]:
+    """Queue, decoder, reviewer, scorer, trainer, worker and gateway. The gateway listens on settings.host, all others on this
+    machine only, on free ports.
 
     The queue is embedded, in <data_dir>/queue, unless SIPO_REDIS_URL was given.
     """
     names = ("queue", "decoder", "reviewer", "scorer", "trainer", "worker")
     ports = dict(zip(names, free_ports(len(names)), strict=True)) | {"gateway": gateway_port}
     urls = {name: f"http://{LOCAL}:{port}" for name, port in ports.items()}
+    if settings.host not in ("0.0.0.0", "::"):
+        urls["gateway"] = f"http://{settings.host}:{gateway_port}"
     external = "redis_url" in settings.model_fields_set
     redis_url = settings.redis_url if external else f"redis://{LOCAL}:{ports['queue']}"
     env = {
@@ -37,15 +39,14 @@ def stack_specs(settings: CommonSettings, *, host: str = LOCAL, gateway_port: in
     }
 
     def service(name: str, module: str, after: tuple[str, ...]) -> ProcessSpec:
-        address = {"SIPO_HOST": host if name == "gateway" else LOCAL, f"SIPO_{name.upper()}_PORT": str(ports[name])}
+        address = {"SIPO_HOST": settings.host if name == "gateway" else LOCAL, f"SIPO_{name.upper()}_PORT": str(ports[name])}
         return ProcessSpec(name, (sys.executable, "-m", module), env | address, f"{urls[name]}/ready", after)
 
     if external:
         queue: list[ProcessSpec] = []
     else:
-        folder = settings.data_dir / "queue"
-        stop_leftover(folder)
-        queue = [ProcessSpec("queue", server_argv(folder, ports["queue"]), ready_url=redis_url)]
+        server = (sys.executable, "-m", "services.common.valkey", str(settings.data_dir / "queue"), str(ports["queue"]))
+        queue = [ProcessSpec("queue", server, ready_url=redis_url)]
     needs_queue = tuple(spec.name for spec in queue)
     return [
         *queue,

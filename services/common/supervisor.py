@@ -5,7 +5,8 @@
     async with Supervisor(specs, data_dir) as stack:                                   # or for the time of a body
         ...
 
-Each process has its own session and log file, <data_dir>/logs/<name>.log, and ends when the supervisor ends, even by SIGKILL. What the processes do is not known here.
+Each process has its own session and log file, <data_dir>/logs/<name>.log, and ends when the supervisor ends, even by SIGKILL.
+What the processes do is not known here.
 """
 
 from __future__ import annotations

