@@ -1,0 +1,60 @@
+"""Joins the gateway's parts: what the routes work with, and the feeder that runs beside them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from gateway import completions, jobs, models
+from gateway.feeder import Feeder
+from gateway.settings import GatewaySettings
+from services.common import app as common
+from services.common.job_store import JobStore
+from services.common.queue import Queue
+from sipo.errors import Unavailable
+from sipo.policies import PolicyStore
+
+
+def create_app(settings: GatewaySettings, decoder: httpx.AsyncClient, redis: Redis) -> FastAPI:
+    """`decoder` has the decoder's base URL; both clients are closed when the application ends."""
+    job_store = JobStore(redis)
+    feeder = Feeder(Queue(redis), job_store, settings.data_dir / "jobs")
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        feeding = asyncio.create_task(feeder.run())
+        yield
+        feeding.cancel()
+        with suppress(asyncio.CancelledError):
+            await feeding
+        await decoder.aclose()
+        await redis.aclose()
+
+    async def ready() -> str | None:
+        try:
+            await redis.ping()
+        except RedisError as error:
+            return f"the queue server does not answer ({error})"
+        return None
+
+    app = common.create_app("gateway", settings, lifespan, ready)
+    app.state.policies = PolicyStore(settings.data_dir / "policies")
+    app.state.jobs = job_store
+    app.state.decoder = decoder
+    app.add_exception_handler(RedisConnectionError, _queue_server_away)
+    for routes in (completions, models, jobs):
+        app.include_router(routes.router)
+    return app
+
+
+async def _queue_server_away(_request: Request, _error: Exception) -> Response:
+    error = Unavailable("the queue server does not answer; try again soon")
+    return JSONResponse(common.sipo_error_body(error), error.status, {"Retry-After": f"{error.retry_after:.0f}"})

@@ -1,0 +1,112 @@
+"""`sipo policies …`: the policy sets in this machine's data directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from gateway.cli.console import console
+from services.common.settings import CommonSettings, load
+from sipo.errors import InvalidRequest
+from sipo.models import model_sha256, resolve_model
+from sipo.policies import BaseModelRef, Draft, PolicyStore
+from sipo.prompts import PromptFormat
+
+app = typer.Typer(no_args_is_help=True, help="List, inspect, activate and import policy sets (in SIPO_DATA_DIR).")
+
+
+@app.command("list")
+def list_sets() -> None:
+    """List all policy sets; * marks the current one of each name."""
+    store = _store()
+    table = Table("set", "current", "objectives", "base", "round", "parent", "created", box=None, header_style="bold")
+    current = {policy_set.id for name in store.names() if (policy_set := store.current(name))}
+    for policy_set in store.sets():
+        manifest = policy_set.manifest
+        table.add_row(
+            policy_set.id,
+            "*" if policy_set.id in current else "",
+            ", ".join(policy_set.objectives),
+            manifest.base.name,
+            str(manifest.round),
+            manifest.parent or "",
+            f"{manifest.created:%Y-%m-%d %H:%M}",
+        )
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(f"no policy sets in {store.root} yet: `sipo policies import`, or let a job align some")
+
+
+@app.command()
+def show(policy_set: Annotated[str, typer.Argument(help="demo (its current set) or demo:2.")]) -> None:
+    """Print a set's manifest and where its adapters lie.
+
+    Example:
+
+      sipo policies show demo:1
+    """
+    chosen = _store().get(policy_set)
+    console.print_json(chosen.manifest.model_dump_json())
+    for objective in chosen.objectives:
+        console.print(f"{objective}: {chosen.adapter_dir(objective)}", markup=False)
+
+
+@app.command()
+def activate(policy_set: Annotated[str, typer.Argument(help="NAME:VERSION.")]) -> None:
+    """Make a version the one that requests for its name get. Running requests finish on theirs.
+
+    Example:
+
+      sipo policies activate demo:1
+    """
+    console.print(f"{_store().activate(policy_set).id} is current")
+
+
+@app.command("import")
+def import_adapters(
+    adapters: Annotated[list[str], typer.Argument(metavar="OBJECTIVE=DIR...", help="One PEFT LoRA adapter folder per objective.")],
+    *,
+    name: Annotated[str, typer.Option(help="Policy name; a new version is made if it exists.")],
+    model: Annotated[str | None, typer.Option(help="The base they were trained on. Default: SIPO_MODEL.")] = None,
+    system: Annotated[str | None, typer.Option(help="System text that they were trained with.")] = None,
+    beta: Annotated[float, typer.Option(help="beta of the DPO loss they were trained with: the scale of their rewards.")] = 0.1,
+    activate: Annotated[bool, typer.Option("--activate", help="Make the new set current.")] = False,
+) -> None:
+    """Publish existing adapters as a policy set.
+
+    Example:
+
+      sipo policies import helpful=out/helpful harmless=out/harmless --name mine --activate
+    """
+    folders: dict[str, Path] = {}
+    for argument in adapters:
+        objective, equals, folder = argument.partition("=")
+        if not (objective and equals and folder):
+            raise InvalidRequest(f"cannot read {argument!r}: write helpful=DIR harmless=DIR")
+        if not Path(folder).is_dir():
+            raise InvalidRequest(f"{folder} is no folder")
+        folders[objective] = Path(folder)
+    settings = load(CommonSettings)
+    base_name = model or settings.model
+    base = resolve_model(base_name, settings.cache_dir)
+
+    from transformers import AutoTokenizer
+
+    draft = Draft(
+        name=name,
+        base=BaseModelRef(name=base_name, sha256=model_sha256(base, settings.cache_dir)),
+        prompt_format=PromptFormat.of(AutoTokenizer.from_pretrained(base), system=system),
+        objectives=list(folders),
+        beta=beta,
+    )
+    published = _store().publish(draft, folders, base, activate=activate)
+    hint = "it is current" if activate else f"make it current with `sipo policies activate {published.id}`"
+    console.print(f"published {published.id}; {hint}")
+
+
+def _store() -> PolicyStore:
+    return PolicyStore(load(CommonSettings).data_dir / "policies")

@@ -1,0 +1,76 @@
+"""A job's progress, live on a terminal and as lines elsewhere (a log, a pipe)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from gateway.cli.console import console
+from services.common.job_store import Job
+from services.common.jobs import JobState
+
+LINE_SECONDS = 15.0
+"""Off a terminal, at most one line in this time for one stage."""
+
+
+def watch_job(fetch: Callable[[], Job], *, every: float = 1.0) -> Job:
+    """Shows the job until it has ended; returns it as it ended."""
+    show = _show_live if console.is_terminal else _show_lines
+    return show(fetch, every)
+
+
+def detail(job: Job) -> str:
+    """The numbers of the job's present stage in words."""
+    if job.state == JobState.GENERATING and job.total is not None:
+        counts = job.counts
+        return (
+            f"of {job.total} prompts {counts.sampled} have candidates, {counts.decided} are decided: "
+            f"{counts.accepted} accepted, {counts.none} without a better answer, {counts.failed} failed"
+        )
+    return ", ".join(
+        f"{name} {format(value, '.4g') if isinstance(value, float) else value}" for name, value in job.progress.items()
+    )
+
+
+def _show_live(fetch: Callable[[], Job], every: float) -> Job:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    stage: TaskID | None = None
+    state: JobState | None = None
+    with Progress(*columns, console=console) as progress:
+        while True:
+            job = fetch()
+            if job.state != state:
+                if stage is not None:
+                    progress.update(stage, total=1, completed=1)
+                    progress.stop_task(stage)
+                if job.state.ended:
+                    return job
+                state, stage = job.state, progress.add_task(f"{job.state:<11}", total=None, detail="")
+            assert stage is not None
+            progress.update(
+                stage, total=job.total if state == JobState.GENERATING else None, completed=job.counts.decided, detail=detail(job)
+            )
+            time.sleep(every)
+
+
+def _show_lines(fetch: Callable[[], Job], every: float) -> Job:
+    state: JobState | None = None
+    said, said_at, began = "", 0.0, time.monotonic()
+    while True:
+        job = fetch()
+        words = f"{job.state:<11} {detail(job)}".rstrip()
+        now = time.monotonic()
+        if words != said and (job.state != state or now - said_at >= LINE_SECONDS):
+            console.print(f"{now - began:6.0f} s  {words}", markup=False)
+            said, said_at, state = words, now, job.state
+        if job.state.ended:
+            return job
+        time.sleep(every)

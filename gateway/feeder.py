@@ -1,0 +1,114 @@
+"""Feeds the prompts of generating jobs to the queue, in turns, so that a large job does not keep a small one waiting.
+
+The stream is bounded: a job's prompts wait in its input file and are added as there is room. A prompt is added, and the job's
+cursor moved, in one step of the queue, so any number of gateways may feed, and one that dies leaves nothing half done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from redis.exceptions import RedisError
+
+from gateway.job_input import INPUT, chosen_rows
+from services.common.job_store import Job, JobStore
+from services.common.jobs import JobSpec, JobState
+from services.common.messages import PromptQueued, SamplingPlan
+from services.common.queue import Queue
+from sipo.errors import Conflict
+from sipo.preferences import Example, sampling_weights, uniform_weights
+
+log = structlog.get_logger(__name__)
+
+
+Prompts = list[tuple[int, Example]]
+"""What a round is made of: row of the job's input, example."""
+
+
+@dataclass
+class Round:
+    """A round of a job, and how far it is fed."""
+
+    job: Job
+    plan: SamplingPlan
+    prompts: Prompts
+    position: int
+
+    def next(self) -> PromptQueued | None:
+        if self.position >= len(self.prompts):
+            return None
+        row, example = self.prompts[self.position]
+        return PromptQueued(job=self.job.id, round=self.job.round, prompt=str(row), example=example, plan=self.plan)
+
+
+def sampling_plan(job: Job) -> SamplingPlan:
+    """Eq. 3-5 with the job's pinned sets; W and w_e as given, or their defaults."""
+    spec = job.spec
+    assert job.sampling_set and job.reward_set and spec.objectives, "a generating job has its sets and objectives"
+    return SamplingPlan(
+        sampling_set=job.sampling_set,
+        reward_set=job.reward_set,
+        weights=spec.weights or sampling_weights(spec.objectives),
+        review_weights=spec.review_weights or uniform_weights(spec.objectives),
+        refine=spec.refine,
+        samples_per_weight=spec.samples_per_weight,
+        temperature=spec.temperature,
+        seed=spec.seed,
+        max_tokens=spec.max_tokens,
+        review_max_tokens=spec.review_max_tokens,
+    )
+
+
+class Feeder:
+    def __init__(self, queue: Queue, jobs: JobStore, folder: Path, pause: float = 0.5) -> None:
+        """`folder` holds a folder per job with its input; `pause` is in seconds."""
+        self.queue = queue
+        self.jobs = jobs
+        self.folder = folder
+        self.pause = pause
+        self._prompts: dict[str, Prompts] = {}  # of the jobs that are generating
+
+    async def run(self) -> None:
+        """Runs until cancelled, and through outages of the queue server."""
+        while True:
+            try:
+                await self.top_up()
+            except RedisError as error:
+                log.warning("the queue server does not answer", error=repr(error))
+            await asyncio.sleep(self.pause)
+
+    async def top_up(self) -> None:
+        """One prompt of each job in turn, until the stream is full or nothing is left."""
+        rounds = [round_ for job in await self.jobs.list(JobState.GENERATING) if (round_ := await self._open(job))]
+        self._prompts = {round_.job.id: round_.prompts for round_ in rounds}
+        while rounds:
+            for round_ in list(rounds):
+                prompt = round_.next()
+                fed = await self.queue.feed(prompt, round_.position) if prompt else "closed"
+                if fed == "full":
+                    return
+                if fed == "fed":
+                    round_.position += 1
+                else:  # done, closed meanwhile, or another feeder is ahead: the next top-up sees the job anew
+                    rounds.remove(round_)
+
+    async def _open(self, job: Job) -> Round | None:
+        try:
+            prompts = self._prompts.get(job.id) or await asyncio.to_thread(_read, self.folder / job.id / INPUT, job.spec)
+            if job.total is None:
+                await self.jobs.update(job.id, total=len(prompts))
+        except OSError as error:
+            await self.jobs.advance(job.id, job.state, JobState.FAILED, error=f"its input cannot be read: {error}")
+            return None
+        except Conflict:  # it has ended since it was listed
+            return None
+        return Round(job, sampling_plan(job), prompts, job.counts.queued)
+
+
+def _read(path: Path, spec: JobSpec) -> Prompts:
+    with path.open() as file:
+        examples = [Example.model_validate_json(line) for line in file]
+    return [(row, examples[row]) for row in chosen_rows(spec, examples)]

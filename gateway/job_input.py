@@ -1,0 +1,96 @@
+"""What a job may start from: its specification checked against the data and the policies, its input stored as one file.
+
+All of the input is read and checked before anything is kept. The feeder asks here which rows a round is made of, so that the
+counts a caller is told at creation are those of the prompts that run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from services.common.jobs import JobSpec
+from sipo.errors import Conflict, InvalidRequest
+from sipo.policies import PolicyStore
+from sipo.preferences import Example, normalize_weights
+
+
+def settle_spec(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore) -> JobSpec:
+    """The specification with its objectives named and its weights normalised.
+
+    Raises InvalidRequest (or InvalidWeights) if data, policies and specification do not fit each other, Conflict if the policies
+    exist but none of their versions is current.
+    """
+    objectives = _objectives(spec, examples, policies)
+    for name in objectives:
+        if not any(name in example.labels for example in examples):
+            found = ", ".join(sorted({label for example in examples for label in example.labels}))
+            raise InvalidRequest(f"no example has a label for {name!r}: the labels found are {found}", param="objectives")
+    settled = spec.model_copy(
+        update={
+            "objectives": objectives,
+            "weights": spec.weights
+            and [normalize_weights(w, objectives, param=f"weights[{i}]") for i, w in enumerate(spec.weights)],
+            "review_weights": spec.review_weights and normalize_weights(spec.review_weights, objectives, param="review_weights"),
+        }
+    )
+    if not chosen_rows(settled, examples):
+        conflicting = sum(example.conflicting(objectives) for example in examples)
+        raise InvalidRequest(
+            f"no example is left: {conflicting} of {len(examples)} conflict on {', '.join(objectives)}, and `examples` asks for "
+            f"{spec.examples}",
+            param="examples",
+        )
+    return settled
+
+
+def _objectives(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore) -> list[str]:
+    if spec.policy not in policies.names():
+        # Nothing to improve yet: the labels say what one policy each will be aligned for.
+        objectives = spec.objectives or list(dict.fromkeys(name for example in examples for name in example.labels))
+        if len(set(objectives)) < 2:
+            raise InvalidRequest(f"at least two objectives are needed, not just {', '.join(objectives)}", param="objectives")
+        return list(dict.fromkeys(objectives))
+    current = policies.current(spec.policy)
+    if current is None:
+        raise Conflict(f"policy {spec.policy!r} has no current set: activate one of its versions first", param="policy")
+    if spec.objectives is not None and set(spec.objectives) != set(current.objectives):
+        raise InvalidRequest(
+            f"{current.id} has policies for {', '.join(current.objectives)}, and a job improves all of them: leave `objectives` out, "
+            "or choose a new policy name",
+            param="objectives",
+        )
+    return current.objectives
+
+
+def chosen_rows(spec: JobSpec, examples: Sequence[Example]) -> list[int]:
+    """The rows of the input whose prompts a round runs, in order."""
+
+    def chosen(example: Example) -> bool:
+        conflicting = example.conflicting(spec.objectives)
+        labelled = any(name in example.labels for name in spec.objectives or example.labels)
+        return labelled and {"conflicting": conflicting, "non_conflicting": not conflicting, "all": True}[spec.examples]
+
+    return [row for row, example in enumerate(examples) if chosen(example)][: spec.max_prompts]
+
+
+def store_input(folder: Path, examples: Iterable[Example]) -> None:
+    """Writes `folder`/input.jsonl: the folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+    try:
+        with (aside / INPUT).open("w") as file:
+            file.writelines(f"{example.model_dump_json()}\n" for example in examples)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.chmod(0o755)
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+INPUT = "input.jsonl"

@@ -1,0 +1,13 @@
+"""The gateway's settings, from SIPO_… variables."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from services.common.settings import CommonSettings, Port
+
+
+class GatewaySettings(CommonSettings):
+    host: str = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for all")
+    gateway_port: Port = 8000
+    decoder_url: str = Field(default="http://127.0.0.1:8001", description="where completions are made")
