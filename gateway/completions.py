@@ -36,7 +36,7 @@ VLLM = """
     echo ignore_eos include_stop_str_in_output length_penalty min_p min_tokens repetition_penalty return_token_ids
     skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs top_k truncate_prompt_tokens
 """
-PASSED_ON = frozenset((OPENAI + VLLM).split())
+PASSED_ON = frozenset(["mode", *OPENAI.split(), *VLLM.split()])  # mode: our decoder's; how the policies are mixed
 OURS = frozenset({"model", "preference_weights", "policy_set", "priority", "prompt_logprobs"})
 
 

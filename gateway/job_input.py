@@ -14,7 +14,7 @@ from pathlib import Path
 
 from services.common.jobs import JobSpec
 from sipo.errors import Conflict, InvalidRequest
-from sipo.policies import PolicyStore
+from sipo.policies import BASE, PolicyStore
 from sipo.preferences import Example, normalize_weights
 
 
@@ -48,6 +48,8 @@ def settle_spec(spec: JobSpec, examples: Sequence[Example], policies: PolicyStor
 
 
 def _objectives(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore) -> list[str]:
+    if spec.policy == BASE:
+        raise InvalidRequest(f"{BASE!r} is the model without policies: choose a name for the policies to align", param="policy")
     if spec.policy not in policies.names():
         # Nothing to improve yet: the labels say what one policy each will be aligned for.
         objectives = spec.objectives or list(dict.fromkeys(name for example in examples for name in example.labels))
@@ -59,8 +61,8 @@ def _objectives(spec: JobSpec, examples: Sequence[Example], policies: PolicyStor
         raise Conflict(f"policy {spec.policy!r} has no current set: activate one of its versions first", param="policy")
     if spec.objectives is not None and set(spec.objectives) != set(current.objectives):
         raise InvalidRequest(
-            f"{current.id} has policies for {', '.join(current.objectives)}, and a job improves all of them: leave `objectives` out, "
-            "or choose a new policy name",
+            f"{current.id} has policies for {', '.join(current.objectives)}, and a job improves all of them: leave `objectives` "
+            "out, or choose a new policy name",
             param="objectives",
         )
     return current.objectives

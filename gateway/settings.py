@@ -8,6 +8,5 @@ from services.common.settings import CommonSettings, Port
 
 
 class GatewaySettings(CommonSettings):
-    host: str = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for all")
     gateway_port: Port = 8000
     decoder_url: str = Field(default="http://127.0.0.1:8001", description="where completions are made")

@@ -1,0 +1,227 @@
+"""The job endpoints and the feeder on a real queue server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from gateway.app import create_app
+from gateway.feeder import Feeder
+from gateway.settings import GatewaySettings
+from services.common.job_store import Job, JobStore
+from services.common.jobs import JobState
+from services.common.messages import Candidate, PromptDecided, PromptQueued, ScoredCandidate
+from services.common.queue import PROMPTS, Queue
+from sipo.preferences import Example
+from tests.fakes import FakeDecoder, write_policy_set
+
+CONFLICTING = {"response_0": "Short.", "response_1": "Warm, long.", "labels": {"concise": 0, "warm": 1}}
+AGREEING = {"response_0": "a", "response_1": "b", "labels": {"concise": 1, "warm": 1}}
+
+
+def rows(conflicting: int, agreeing: int = 0) -> list[dict[str, Any]]:
+    kinds = [CONFLICTING] * conflicting + [AGREEING] * agreeing
+    return [{"prompt": f"Question {i}?", **kind} for i, kind in enumerate(kinds)]
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path, redis: Redis) -> AsyncIterator[httpx.AsyncClient]:
+    """The gateway without its lifespan: tests feed by hand. "demo" has policies for concise and warm."""
+    write_policy_set(tmp_path / "policies", "demo:1", ["concise", "warm"], current=True)
+    decoder = httpx.AsyncClient(transport=httpx.ASGITransport(FakeDecoder().app), base_url="http://decoder")
+    app = create_app(GatewaySettings(data_dir=tmp_path), decoder, redis)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        yield client
+
+
+async def submit(gateway: httpx.AsyncClient, inputs: list[dict[str, Any]], **spec: Any) -> httpx.Response:
+    return await gateway.post("/v1/jobs", json={"spec": {"policy": "demo", **spec}, "examples": inputs})
+
+
+async def generating(gateway: httpx.AsyncClient, store: JobStore, inputs: list[dict[str, Any]], **spec: Any) -> Job:
+    """A job as the trainer leaves it to the feeder."""
+    job = Job.model_validate((await submit(gateway, inputs, **spec)).json())
+    return await store.advance(job.id, JobState.QUEUED, JobState.GENERATING, sampling_set="demo:1", reward_set="demo:1")
+
+
+async def queued(redis: Redis) -> list[PromptQueued]:
+    return [PromptQueued.model_validate_json(fields["data"]) for _, fields in await redis.xrange(PROMPTS)]
+
+
+async def test_an_uploaded_file_and_inline_examples_make_the_same_job(gateway: httpx.AsyncClient, tmp_path: Path) -> None:
+    inline = (await submit(gateway, rows(2, 1), weights=[{"warm": 0.3, "concise": 0.7001}])).json()
+    text = "".join(json.dumps(row) + "\n" for row in rows(2, 1))
+    spec = json.dumps({"policy": "demo", "weights": [{"warm": 0.3, "concise": 0.7001}]})
+    reply = await gateway.post("/v1/jobs", data={"spec": spec}, files={"file": ("pairs.jsonl", text)})
+    assert reply.status_code == 201, reply.text
+    uploaded = reply.json()
+    assert uploaded["spec"] == inline["spec"]
+    assert uploaded["spec"]["objectives"] == ["concise", "warm"]
+    assert sum(uploaded["spec"]["weights"][0].values()) == pytest.approx(1, abs=1e-12)
+    inputs = [(tmp_path / "jobs" / job["id"] / "input.jsonl").read_text() for job in (inline, uploaded)]
+    assert inputs[0] == inputs[1]
+    assert [Example.model_validate_json(line).prompt for line in inputs[0].splitlines()] == [row["prompt"] for row in rows(2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("examples", "spec", "status", "words"),
+    [
+        ([*rows(4), {"prompt": "x", "response_0": "a", "labels": {"concise": 1}}], {}, 400, "line 5"),
+        ([*rows(1), {"prompt": "", **CONFLICTING}], {}, 400, "line 2"),
+        (rows(2), {"objectives": ["concise", "polite"]}, 400, "demo:1 has policies for concise, warm"),
+        (rows(2), {"policy": "new", "objectives": ["concise", "polite"]}, 400, "'polite': the labels found are concise, warm"),
+        (rows(2), {"policy": "base"}, 400, "base"),
+        (rows(2), {"weights": [{"concise": 0.5, "warm": 0.9}]}, 400, "sum to 1.4"),
+        (rows(2), {"review_weights": {"concise": 1}}, 400, "no weight for 'warm'"),
+        (rows(0, 3), {}, 400, "0 of 3 conflict"),
+        (rows(3), {"examples": "non_conflicting"}, 400, "3 of 3 conflict"),
+        ([], {}, 400, "no"),
+        (rows(2), {"colour": "red"}, 400, "spec.colour"),
+        (rows(2), {"policy": "No Name"}, 400, "spec.policy"),
+    ],
+)
+async def test_a_job_that_cannot_work_is_refused_and_leaves_nothing(
+    gateway: httpx.AsyncClient, tmp_path: Path, examples: list[dict[str, Any]], spec: dict[str, Any], status: int, words: str
+) -> None:
+    reply = await submit(gateway, examples, **spec)
+    assert reply.status_code == status, reply.text
+    assert words in reply.json()["error"]["message"]
+    assert (await gateway.get("/v1/jobs")).json()["data"] == []
+    assert not list((tmp_path / "jobs").glob("*"))
+
+
+async def test_a_form_needs_spec_and_file(gateway: httpx.AsyncClient) -> None:
+    for content in ({"files": {"file": ("x", "{}")}}, {"data": {"spec": "{}"}, "files": {"other": ("x", "{}")}}):
+        reply = await gateway.post("/v1/jobs", **content)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] in ("spec", "file")
+    reply = await gateway.post("/v1/jobs", content="{", headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_request")
+
+
+async def test_a_store_that_refuses_the_job_leaves_no_input(
+    gateway: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_args: Any, **_fields: Any) -> Job:
+        raise ConnectionError("the queue server went away")
+
+    monkeypatch.setattr(JobStore, "create", refuse)
+    assert (await submit(gateway, rows(2))).status_code == 500
+    assert not list((tmp_path / "jobs").glob("*"))
+
+
+async def test_a_job_is_listed_shown_and_cancelled(gateway: httpx.AsyncClient) -> None:
+    first, second = [(await submit(gateway, rows(1))).json()["id"] for _ in range(2)]
+    assert [job["id"] for job in (await gateway.get("/v1/jobs")).json()["data"]] == [second, first]
+    assert (await gateway.get(f"/v1/jobs/{first}")).json()["state"] == "queued"
+    assert (await gateway.post(f"/v1/jobs/{first}/cancel")).json()["state"] == "cancelled"
+    assert (await gateway.get(f"/v1/jobs/{first}")).json()["state"] == "cancelled"
+    assert (await gateway.get("/v1/jobs/nobody")).status_code == 404
+    assert (await gateway.post("/v1/jobs/nobody/cancel")).status_code == 404
+    assert (await gateway.get("/v1/jobs/nobody/pairs")).status_code == 404
+
+
+async def test_pairs_and_candidates_are_those_decided_so_far(gateway: httpx.AsyncClient, tmp_path: Path) -> None:
+    job = (await submit(gateway, rows(2))).json()["id"]
+    assert (await gateway.get(f"/v1/jobs/{job}/pairs")).text == ""
+    weights = {"concise": 0.5, "warm": 0.5}
+    candidate = Candidate(text="Both.", token_ids=[1], finish_reason="stop", weights=weights, stage="sample")
+    examples = [Example.model_validate(row) for row in rows(2)]
+    accepted = PromptDecided(
+        job=job,
+        round=1,
+        prompt="0",
+        outcome="accepted",
+        example=examples[0],
+        chosen=0,
+        candidates=[ScoredCandidate(candidate=candidate, rewards={"concise": 1.0}, rejected=None)],
+    )
+    none = PromptDecided(job=job, round=1, prompt="1", outcome="none", example=examples[1])
+    lines = [decision.model_dump_json() for decision in (accepted, none)]
+    half_written = lines[0][:40]
+    (tmp_path / "jobs" / job / "decisions.jsonl").write_text("\n".join([*lines, half_written]))
+
+    candidates = (await gateway.get(f"/v1/jobs/{job}/candidates")).text.splitlines()
+    assert [PromptDecided.model_validate_json(line) for line in candidates] == [accepted, none]
+    pairs = [json.loads(line) for line in (await gateway.get(f"/v1/jobs/{job}/pairs")).text.splitlines()]
+    assert pairs == [
+        {"prompt": "Question 0?", "chosen": "Both.", "rejected": "Short."},
+        {"prompt": "Question 0?", "chosen": "Both.", "rejected": "Warm, long."},
+    ]
+
+
+async def test_the_report_is_there_once_it_is_written(gateway: httpx.AsyncClient, tmp_path: Path) -> None:
+    job = (await submit(gateway, rows(1))).json()["id"]
+    assert (await gateway.get(f"/v1/jobs/{job}/report")).status_code == 404
+    (tmp_path / "jobs" / job / "report.json").write_text('{"accepted": 1}')
+    assert (await gateway.get(f"/v1/jobs/{job}/report")).json() == {"accepted": 1}
+
+
+async def test_the_feeder_queues_the_chosen_rows_with_the_jobs_plan(
+    gateway: httpx.AsyncClient, redis: Redis, tmp_path: Path
+) -> None:
+    store = JobStore(redis)
+    examples = rows(1, 2) + [{"prompt": "Last?", **CONFLICTING}]
+    job = await generating(gateway, store, examples, seed=7, review_weights={"concise": 1, "warm": 0})
+    await Feeder(Queue(redis), store, tmp_path / "jobs").top_up()
+    messages = await queued(redis)
+    assert [(m.id, m.example.prompt) for m in messages] == [(f"{job.id}/1/0", "Question 0?"), (f"{job.id}/1/3", "Last?")]
+    plan = messages[0].plan
+    assert (plan.sampling_set, plan.reward_set, plan.seed, len(plan.weights)) == ("demo:1", "demo:1", 7, 4)
+    assert plan.review_weights == {"concise": 1, "warm": 0}
+    fed = await store.get(job.id)
+    assert (fed.total, fed.counts.queued) == (2, 2)
+
+
+async def test_jobs_take_turns_and_the_rest_waits_for_room(gateway: httpx.AsyncClient, redis: Redis, tmp_path: Path) -> None:
+    store = JobStore(redis)
+    jobs = [await generating(gateway, store, rows(5)) for _ in range(2)]
+    feeder = Feeder(Queue(redis, capacity=4), store, tmp_path / "jobs")
+    await feeder.top_up()
+    assert sorted(m.job for m in await queued(redis)) == sorted(2 * [job.id for job in jobs])
+    await redis.xtrim(PROMPTS, maxlen=0)
+    await feeder.top_up()
+    assert [(await store.get(job.id)).counts.queued for job in jobs] == [4, 4]
+
+
+async def test_two_feeders_queue_each_prompt_exactly_once(gateway: httpx.AsyncClient, redis: Redis, tmp_path: Path) -> None:
+    store = JobStore(redis)
+    jobs = [await generating(gateway, store, rows(40)) for _ in range(3)]
+    feeders = [Feeder(Queue(redis), store, tmp_path / "jobs", pause=0.01) for _ in range(2)]
+    running = [asyncio.create_task(feeder.run()) for feeder in feeders]
+    async with asyncio.timeout(20):
+        while sum([(await store.get(job.id)).counts.queued for job in jobs]) < 120:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
+    for task in running:
+        task.cancel()
+    expected = sorted(f"{job.id}/1/{row}" for job in jobs for row in range(40))
+    assert sorted(m.id for m in await queued(redis)) == expected
+
+
+async def test_a_cancelled_job_is_fed_no_more(gateway: httpx.AsyncClient, redis: Redis, tmp_path: Path) -> None:
+    store = JobStore(redis)
+    job = await generating(gateway, store, rows(6))
+    feeder = Feeder(Queue(redis, capacity=2), store, tmp_path / "jobs")
+    await feeder.top_up()
+    await gateway.post(f"/v1/jobs/{job.id}/cancel")
+    await redis.xtrim(PROMPTS, maxlen=0)
+    await feeder.top_up()
+    assert await queued(redis) == []
+
+
+async def test_a_job_whose_input_is_gone_fails_with_the_reason(gateway: httpx.AsyncClient, redis: Redis, tmp_path: Path) -> None:
+    store = JobStore(redis)
+    job = await generating(gateway, store, rows(1))
+    (tmp_path / "jobs" / job.id / "input.jsonl").unlink()
+    await Feeder(Queue(redis), store, tmp_path / "jobs").top_up()
+    failed = await store.get(job.id)
+    assert failed.state == JobState.FAILED
+    assert "input.jsonl" in (failed.error or "")
