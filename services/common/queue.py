@@ -361,6 +361,7 @@ class Consumer(Generic[M]):
         self.capacity = capacity
         self._hand_over, self._take_over, self._hold, self._leave = map(redis.register_script, (HAND_OVER, TAKE_OVER, HOLD, LEAVE))
         self._held: dict[str, int] = {}  # tries by entry
+        self._holding = asyncio.Lock()  # or a heartbeat on its way would hold what is being given back
         self._stopping = asyncio.Event()
         self._unavailable = False  # something was, while the last batch was handled
         self._backoff = 0.0
@@ -518,17 +519,17 @@ class Consumer(Generic[M]):
     async def _give_back(self, entry: str, outcome: str, *, tries: int | None = None, delay_ms: int = 0) -> None:
         """Lets anyone take it over after `delay_ms`, with so many tries behind it (None: as many as it has)."""
         args: list[str | int] = [self.group, self.name, self.visibility_ms - delay_ms, "" if tries is None else tries, entry]
-        await self._insist(self._hold, keys=[self.stream], args=args)
-        self._held.pop(entry, None)
+        async with self._holding:
+            self._held.pop(entry, None)
+            await self._insist(self._hold, keys=[self.stream], args=args)
         MESSAGES.labels(self.stream, outcome).inc()
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self.visibility_ms / 3000)
-            if not self._held:
-                continue
             try:
-                lost = await self._hold(keys=[self.stream], args=[self.group, self.name, 0, "", *self._held])
+                async with self._holding:
+                    lost = await self._hold(keys=[self.stream], args=[self.group, self.name, 0, "", *self._held])
             except RedisError as error:
                 log.warning("no heartbeat", stream=self.stream, error=str(error))
             else:

@@ -1,0 +1,458 @@
+"""The queue's promises, against a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any, cast
+
+import pytest
+from redis.asyncio import Redis
+
+from services.common.job_store import JobStore
+from services.common.jobs import JobSpec, JobState
+from services.common.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, Depth, Handler, Queue, dead, each, job_key
+from services.common.valkey import server
+from sipo.errors import InvalidRequest, Unavailable
+from sipo.preferences import Example
+
+PLAN = SamplingPlan(
+    sampling_set="demo:1",
+    reward_set="demo:1",
+    weights=[{"a": 0.5, "b": 0.5}],
+    review_weights={"a": 0.5, "b": 0.5},
+    refine=True,
+    samples_per_weight=1,
+    temperature=0.7,
+    seed=0,
+    max_tokens=8,
+    review_max_tokens=8,
+)
+
+
+def queued(prompt: int, job: str = "job-1") -> PromptQueued:
+    example = Example(prompt=f"prompt {prompt}", response_0="no", response_1="yes", labels={"a": 1, "b": 0})
+    return PromptQueued(job=job, round=1, prompt=str(prompt), example=example, plan=PLAN)
+
+
+def sampled(message: PromptQueued) -> PromptSampled:
+    return PromptSampled(queued=message, candidates=[])
+
+
+def as_failed(message: PromptQueued, reason: str) -> tuple[str, PromptDecided]:
+    decision = PromptDecided(
+        job=message.job, round=message.round, prompt=message.prompt, outcome="failed", example=message.example, error=reason
+    )
+    return DECISIONS, decision
+
+
+def consumer(redis: Redis, **options: Any) -> Consumer[PromptQueued]:
+    return Consumer(redis, PROMPTS, model=PromptQueued, **({"visibility": 0.3, "linger": 0.05} | options))
+
+
+async def hand_on(batch: list[Delivery[PromptQueued]]) -> None:
+    for delivery in batch:
+        await delivery.done(CANDIDATES, sampled(delivery.message), counts={"sampled": 1})
+
+
+async def until(holds: Callable[[], Awaitable[bool]], seconds: float = 30) -> None:
+    async with asyncio.timeout(seconds):
+        while not await holds():  # noqa: ASYNC110, it is another process that makes it hold
+            await asyncio.sleep(0.02)
+
+
+async def messages_in(redis: Redis, stream: str) -> list[PromptQueued | PromptSampled | PromptDecided]:
+    model = {PROMPTS: PromptQueued, CANDIDATES: PromptSampled, DECISIONS: PromptDecided}[stream]
+    entries = cast(list[tuple[str, dict[str, str]]], await redis.xrange(stream))
+    return [model.model_validate_json(fields["data"]) for _, fields in entries]
+
+
+async def prompts_in(redis: Redis, stream: str) -> Counter[str]:
+    return Counter(message.id.split("/")[-1] for message in await messages_in(redis, stream))
+
+
+@asynccontextmanager
+async def run(consumer: Consumer[PromptQueued], handle: Handler[PromptQueued]) -> AsyncIterator[None]:
+    async with consumer.running(handle, grace=2):
+        yield
+
+
+async def length(redis: Redis, stream: str, number: int) -> None:
+    async def has() -> bool:
+        return await redis.xlen(stream) == number
+
+    await until(has)
+
+
+async def test_a_handed_over_message_is_in_the_next_stream_and_nowhere_else(redis: Redis) -> None:
+    for i in range(5):
+        await Queue(redis).put(PROMPTS, queued(i))
+    sizes: list[int] = []
+
+    async def handle(batch: list[Delivery[PromptQueued]]) -> None:
+        sizes.append(len(batch))
+        await hand_on(batch)
+
+    async with run(consumer(redis, batch=3), handle):
+        await length(redis, CANDIDATES, 5)
+        await length(redis, PROMPTS, 0)
+    assert sizes == [3, 2]
+    assert await prompts_in(redis, CANDIDATES) == Counter("01234")
+    assert await redis.hget(job_key("job-1"), "count:1:sampled") == "5"
+    assert await redis.xinfo_consumers(PROMPTS, "sipo") == [], "a consumer that holds nothing leaves no trace"
+
+
+async def test_a_batch_lingers_for_messages_that_come_a_little_later(redis: Redis) -> None:
+    sizes: list[int] = []
+
+    async def handle(batch: list[Delivery[PromptQueued]]) -> None:
+        sizes.append(len(batch))
+        await hand_on(batch)
+
+    async with run(consumer(redis, batch=3, linger=2), handle):
+        for i in range(3):
+            await Queue(redis).put(PROMPTS, queued(i))
+            await asyncio.sleep(0.05)
+        await length(redis, CANDIDATES, 3)
+    assert sizes == [3]
+
+
+async def test_a_slow_handler_keeps_its_message_by_heartbeats(redis: Redis) -> None:
+    await Queue(redis).put(PROMPTS, queued(0))
+    calls = 0
+
+    async def slow(batch: list[Delivery[PromptQueued]]) -> None:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(1)  # three times the visibility
+        await hand_on(batch)
+
+    async with run(consumer(redis), slow), run(consumer(redis), slow):
+        await length(redis, CANDIDATES, 1)
+    assert calls == 1
+
+
+KILLED = """
+import asyncio, sys
+from services.common.messages import PromptQueued
+from services.common.queue import PROMPTS, Consumer, connect
+async def handle(batch):
+    print(len(batch), flush=True)
+    await asyncio.sleep(60)
+asyncio.run(Consumer(connect(sys.argv[1]), PROMPTS, model=PromptQueued, batch=4, linger=1, visibility=0.5).run(handle))
+"""
+
+
+async def test_what_a_killed_consumer_held_is_handled_by_another_once(redis: Redis, redis_url: str) -> None:
+    for i in range(4):
+        await Queue(redis).put(PROMPTS, queued(i))
+    victim = await asyncio.create_subprocess_exec(sys.executable, "-c", KILLED, redis_url, stdout=asyncio.subprocess.PIPE)
+    assert victim.stdout
+    assert await victim.stdout.readline() == b"4\n"
+    victim.kill()
+    await victim.wait()
+    tries: list[int] = []
+
+    async def handle(batch: list[Delivery[PromptQueued]]) -> None:
+        tries.append(*[delivery.tries for delivery in batch])  # those that a crash touched come one at a time
+        await hand_on(batch)
+
+    async with run(consumer(redis, batch=4, visibility=0.5), handle):
+        await length(redis, CANDIDATES, 4)
+    assert tries == [2, 2, 2, 2]
+    assert await prompts_in(redis, CANDIDATES) == Counter("0123")
+    await Queue(redis).forget_absent(absent=0)
+    assert await redis.xinfo_consumers(PROMPTS, "sipo") == []
+
+
+async def test_a_stalled_consumer_cannot_commit_what_another_has_taken_over(redis: Redis) -> None:
+    await Queue(redis).put(PROMPTS, queued(0))
+    held: list[Delivery[PromptQueued]] = []
+    taken, resume = asyncio.Event(), asyncio.Event()
+    outcome: list[bool] = []
+
+    async def stall(batch: list[Delivery[PromptQueued]]) -> None:
+        held.extend(batch)
+        taken.set()
+        await resume.wait()
+        outcome.append(await batch[0].done(CANDIDATES, sampled(batch[0].message), counts={"sampled": 1}))
+
+    stalled = consumer(redis)
+    stalled._beat = lambda: asyncio.sleep(60)  # type: ignore[method-assign]  # a process that the system has stopped
+    async with run(stalled, stall):
+        await taken.wait()
+        async with run(consumer(redis), hand_on):
+            await length(redis, CANDIDATES, 1)
+        resume.set()
+        await until(lambda: asyncio.sleep(0, bool(outcome)))
+    assert outcome == [False]
+    assert await prompts_in(redis, CANDIDATES) == Counter("0")
+    assert await redis.hget(job_key("job-1"), "count:1:sampled") == "1"
+
+
+async def test_a_poisonous_message_goes_to_the_dead_and_takes_no_neighbour_with_it(redis: Redis) -> None:
+    for i in range(4):
+        await Queue(redis).put(PROMPTS, queued(i))
+
+    async def handle(batch: list[Delivery[PromptQueued]]) -> None:
+        if any(delivery.message.prompt == "2" for delivery in batch):
+            raise InvalidRequest("no answer to 2")
+        await hand_on(batch)
+
+    async with run(consumer(redis, batch=4, on_dead=as_failed), handle):
+        await length(redis, DECISIONS, 1)
+        await length(redis, CANDIDATES, 3)
+    assert await prompts_in(redis, CANDIDATES) == Counter("013")
+    ((_, letter),) = await Queue(redis).dead(PROMPTS)
+    assert (letter.stream, letter.tries, letter.reason) == (PROMPTS, 3, "invalid_request: no answer to 2")
+    assert PromptQueued.model_validate_json(letter.data) == queued(2)
+    (decision,) = await messages_in(redis, DECISIONS)
+    assert isinstance(decision, PromptDecided)
+    assert (decision.id, decision.outcome, decision.error) == ("job-1/1/2", "failed", "invalid_request: no answer to 2")
+
+
+CRASHES = """
+import asyncio, os, sys
+from services.common.messages import PromptQueued, PromptSampled
+from services.common.queue import CANDIDATES, PROMPTS, Consumer, connect
+async def handle(batch):
+    if any(d.message.prompt == "1" for d in batch):
+        os._exit(9)
+    for d in batch:
+        await d.done(CANDIDATES, PromptSampled(queued=d.message, candidates=[]))
+consumer = Consumer(connect(sys.argv[1]), PROMPTS, model=PromptQueued, batch=4, linger=0.5, visibility=0.3, max_tries=2)
+asyncio.run(consumer.run(handle))
+"""
+
+
+async def test_a_message_that_crashes_its_consumers_dies_alone(redis: Redis, redis_url: str) -> None:
+    for i in range(4):
+        await Queue(redis).put(PROMPTS, queued(i))
+    for _ in range(2):
+        crashed = await asyncio.create_subprocess_exec(sys.executable, "-c", CRASHES, redis_url)
+        assert await crashed.wait() == 9
+    async with run(consumer(redis, max_tries=2), hand_on):
+        await length(redis, dead(PROMPTS), 1)
+        await length(redis, CANDIDATES, 3)
+    assert await prompts_in(redis, CANDIDATES) == Counter("023")
+    ((_, letter),) = await Queue(redis).dead(PROMPTS)
+    assert letter.reason == "each of 2 tries ended with its consumer's death"
+
+
+async def test_a_message_that_cannot_be_read_is_dead_at_once_and_whole(redis: Redis) -> None:
+    await redis.xadd(PROMPTS, {"data": '{"version": 7}'})
+    await Queue(redis).put(PROMPTS, queued(1))
+    async with run(consumer(redis), hand_on):
+        await length(redis, CANDIDATES, 1)
+    ((_, letter),) = await Queue(redis).dead(PROMPTS)
+    assert letter.data == '{"version": 7}'
+    assert letter.reason.startswith("not readable as PromptQueued: version:")
+    assert await redis.xlen(PROMPTS) == 0
+
+
+async def test_unavailable_hands_back_uncounted_and_waits(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.common.queue.UNAVAILABLE_WAIT", (0.05, 0.2))
+    await Queue(redis).put(PROMPTS, queued(0))
+    await Queue(redis).put(PROMPTS, queued(1))
+    seen: list[tuple[float, list[int]]] = []
+    clock = asyncio.get_running_loop().time
+
+    async def handle(batch: list[Delivery[PromptQueued]]) -> None:
+        seen.append((clock(), [delivery.tries for delivery in batch]))
+        if len(seen) < 6:  # twice as often as it may be tried
+            raise Unavailable("the decoder sleeps")
+        await hand_on(batch)
+
+    async with run(consumer(redis, batch=2), handle):
+        await length(redis, CANDIDATES, 2)
+    assert [tries for _, tries in seen] == [[1, 1]] * 6, "released messages stay together and untried"
+    waits = [later - earlier for (earlier, _), (later, _) in pairwise(seen)]
+    assert all(wait >= least for wait, least in zip(waits, (0.05, 0.1, 0.2, 0.2, 0.2), strict=True))
+    assert await Queue(redis).dead(PROMPTS) == []
+
+
+async def test_each_gives_every_delivery_its_own_end(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.common.queue.UNAVAILABLE_WAIT", (0.05, 0.2))
+    for i in range(3):
+        await Queue(redis).put(PROMPTS, queued(i))
+    seen: Counter[str] = Counter()
+
+    async def handle(delivery: Delivery[PromptQueued]) -> None:
+        prompt = delivery.message.prompt
+        seen[prompt] += 1
+        if prompt == "1" and seen[prompt] == 1:
+            raise Unavailable("asleep")
+        if prompt == "2":
+            raise ValueError("never")
+        await delivery.done(CANDIDATES, sampled(delivery.message))
+
+    async with run(consumer(redis, batch=3, max_tries=2), each(handle)):
+        await length(redis, dead(PROMPTS), 1)
+        await length(redis, CANDIDATES, 2)
+    assert seen == {"0": 1, "1": 2, "2": 2}
+    ((_, letter),) = await Queue(redis).dead(PROMPTS)
+    assert letter.reason == "ValueError: never"
+
+
+async def test_a_full_stream_makes_producer_and_consumer_wait(redis: Redis) -> None:
+    queue = Queue(redis, capacity=2)
+    for i in range(2):
+        await queue.put(PROMPTS, queued(i))
+    waiting = asyncio.create_task(queue.put(PROMPTS, queued(2)))
+    async with run(consumer(redis, capacity=2), hand_on):
+        await waiting
+        await length(redis, CANDIDATES, 2)
+        await asyncio.sleep(0.5)
+        assert await redis.xlen(CANDIDATES) == 2
+        assert await queue.depths() == {PROMPTS: Depth(0, 1, 0), CANDIDATES: Depth(2, 0, 0), DECISIONS: Depth(0, 0, 0)}
+        await redis.xtrim(CANDIDATES, maxlen=0)
+        await length(redis, CANDIDATES, 1)
+    assert await prompts_in(redis, CANDIDATES) == Counter("2")
+
+
+async def test_stopping_finishes_the_batch_and_leaves_the_rest(redis: Redis) -> None:
+    for i in range(3):
+        await Queue(redis).put(PROMPTS, queued(i))
+    begun = asyncio.Event()
+
+    async def handle(batch: list[Delivery[PromptQueued]]) -> None:
+        begun.set()
+        await asyncio.sleep(0.3)
+        await hand_on(batch)
+
+    async with run(consumer(redis, batch=2), handle):
+        await begun.wait()
+    assert await prompts_in(redis, CANDIDATES) == Counter("01")
+    assert await prompts_in(redis, PROMPTS) == Counter("2")
+
+
+async def test_a_batch_that_takes_longer_than_the_grace_is_handed_back_uncounted(redis: Redis) -> None:
+    await Queue(redis).put(PROMPTS, queued(0))
+    begun = asyncio.Event()
+    tries: list[int] = []
+
+    async def forever(batch: list[Delivery[PromptQueued]]) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    async def note(batch: list[Delivery[PromptQueued]]) -> None:
+        tries.extend(delivery.tries for delivery in batch)
+        await hand_on(batch)
+
+    async with consumer(redis, visibility=30).running(forever, grace=0.1):
+        await begun.wait()
+    async with run(consumer(redis, visibility=30), note):
+        await length(redis, CANDIDATES, 1)
+    assert tries == [1]
+
+
+async def generating(redis: Redis) -> str:
+    jobs = JobStore(redis)
+    job = await jobs.create(JobSpec(policy="demo"))
+    await jobs.advance(job.id, JobState.QUEUED, JobState.GENERATING)
+    return job.id
+
+
+async def test_messages_of_a_cancelled_job_are_dropped_when_taken_and_when_handed_over(redis: Redis) -> None:
+    job = await generating(redis)
+    queue = Queue(redis)
+    assert await queue.feed(queued(0, job), 0) == "fed"
+    assert await queue.feed(queued(1, job), 1) == "fed"
+    seen: list[str] = []
+    outcome: list[bool] = []
+
+    async def cancel_meanwhile(batch: list[Delivery[PromptQueued]]) -> None:
+        seen.extend(delivery.message.prompt for delivery in batch)
+        await JobStore(redis).cancel(job)
+        outcome.append(await batch[0].done(CANDIDATES, sampled(batch[0].message), counts={"sampled": 1}))
+
+    async with run(consumer(redis), cancel_meanwhile):
+        await length(redis, PROMPTS, 0)
+    assert seen == ["0"]
+    assert outcome == [False]
+    assert await redis.xlen(CANDIDATES) == 0
+    assert (await JobStore(redis).get(job)).counts.sampled == 0
+
+
+async def test_many_feeders_feed_each_prompt_once_and_in_order(redis: Redis) -> None:
+    job = await generating(redis)
+    queue = Queue(redis, capacity=30)
+
+    async def feeder() -> None:
+        while (position := (await JobStore(redis).get(job)).counts.queued) < 20:
+            assert await queue.feed(queued(position, job), position) in ("fed", "moved")
+
+    await asyncio.gather(*(feeder() for _ in range(4)))
+    assert [message.id for message in await messages_in(redis, PROMPTS)] == [f"{job}/1/{i}" for i in range(20)]
+
+
+async def test_feeding_says_why_it_did_not(redis: Redis) -> None:
+    job = await generating(redis)
+    queue = Queue(redis, capacity=1)
+    assert await queue.feed(queued(0, job), 0) == "fed"
+    assert await queue.feed(queued(0, job), 0) == "moved"
+    assert await queue.feed(queued(1, job), 1) == "full"
+    await JobStore(redis).cancel(job)
+    assert await queue.feed(queued(1, job), 1) == "closed"
+    assert await redis.xlen(PROMPTS) == 1
+
+
+async def test_dead_messages_can_be_put_back(redis: Redis) -> None:
+    for i in range(2):
+        await Queue(redis).put(PROMPTS, queued(i))
+
+    async def refuse(batch: list[Delivery[PromptQueued]]) -> None:
+        raise InvalidRequest("no")
+
+    async with run(consumer(redis, max_tries=1), refuse):
+        await length(redis, dead(PROMPTS), 2)
+    (first, _), _ = await Queue(redis).dead(PROMPTS)
+    assert await Queue(redis).requeue(PROMPTS, [first]) == 1
+    assert await Queue(redis).requeue(PROMPTS) == 1
+    assert await Queue(redis).requeue(PROMPTS) == 0
+    async with run(consumer(redis, max_tries=1), hand_on):
+        await length(redis, CANDIDATES, 2)
+    assert await prompts_in(redis, CANDIDATES) == Counter("01")
+
+
+async def test_messages_and_claims_survive_the_death_of_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """SIGKILL in the middle of a batch: the consumer waits for the server, and what it held is still its own."""
+    from services.common.queue import connect
+    from services.common.valkey import server_argv
+
+    folder = tmp_path_factory.mktemp("dying")
+    with server(folder) as url:
+        client = connect(url)
+        port = int(url.rsplit(":", 1)[1])
+        pid = (await client.info("server"))["process_id"]
+        await Queue(client).put(PROMPTS, queued(0))
+        await Queue(client).put(PROMPTS, queued(1))
+        tries: list[int] = []
+
+        async def handle(batch: list[Delivery[PromptQueued]]) -> None:
+            tries.extend(delivery.tries for delivery in batch)
+            if len(tries) == 1:
+                os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0.1)
+                revived.append(await asyncio.create_subprocess_exec(*server_argv(folder, port), stdout=asyncio.subprocess.DEVNULL))
+            await hand_on(batch)
+
+        revived: list[asyncio.subprocess.Process] = []
+        try:
+            async with run(consumer(client, visibility=10), handle):
+                await until(lambda: asyncio.sleep(0, len(tries) == 2))
+                await length(client, CANDIDATES, 2)
+            assert tries == [1, 1]
+            assert await prompts_in(client, CANDIDATES) == Counter("01")
+        finally:
+            await client.aclose()
+            for process in revived:
+                process.terminate()
+                await process.wait()
