@@ -55,11 +55,18 @@ class PromptFormat(BaseModel):
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         return [*system, {"role": "user", "content": prompt}]
 
+    def request(self, prompt: str) -> list[ChatMessage] | str:
+        """What an OpenAI server is asked with: chat messages, or one text for its completions route."""
+        return self.messages(prompt) if self.kind == "chat" else self._raw(prompt)
+
+    def _raw(self, prompt: str) -> str:
+        assert self.template is not None
+        return self.template.replace("{prompt}", prompt)
+
     def text(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
         """Everything before the response's first token, as text."""
         if self.kind == "raw":
-            assert self.template is not None
-            return self.template.replace("{prompt}", prompt)
+            return self._raw(prompt)
         return str(tokenizer.apply_chat_template(self.messages(prompt), tokenize=False, add_generation_prompt=True))
 
     def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

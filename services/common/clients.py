@@ -19,6 +19,8 @@ from sipo.preferences import Weights
 
 TIMEOUT = httpx.Timeout(600, connect=5)  # seconds; an answer on a loaded CPU takes minutes
 
+JOB_PRIORITY = 2  # of what a job asks for; interactive requests have 0
+
 ChatMessages = Sequence[Mapping[str, str]]
 
 
@@ -85,10 +87,12 @@ class DecoderClient(ServiceClient):
         seed: int | None = None,
         n: int = 1,
         priority: int = 0,
+        stop: Sequence[str] | None = None,
     ) -> list[Completion]:
         """`n` answers to chat messages, or continuations of a raw prompt (text, or the token ids themselves).
 
-        `weights` mix the policies of `policy_set` (default: uniform, and the current set). Jobs have priority 2, others 0.
+        `weights` mix the policies of `policy_set` (default: uniform, and the current set). A `stop` string ends an
+        answer and is left out of its text, but not of its token ids.
         """
         chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         body = {
@@ -100,6 +104,7 @@ class DecoderClient(ServiceClient):
             "seed": seed,
             "n": n,
             "priority": priority,
+            "stop": stop,
             "return_token_ids": True,
         }
         reply = await self._post("/v1/chat/completions" if chat else "/v1/completions", body)
