@@ -62,8 +62,8 @@ def mixture(
 ) -> tuple[Mixture, Weights]:
     """A mode's entries over one set, and the weights in effect (uniform where none are given, one-hot for a single policy).
 
-    `mode` is "mod", "soup" (the exact weighted sum of the deltas), or an objective's name for its policy alone. Raises InvalidWeights,
-    or InvalidRequest for an unknown mode and for weights that the mode has no use for.
+    `mode` is "mod", "soup" (the exact weighted sum of the deltas), or an objective's name for its policy alone. Raises
+    InvalidWeights, or InvalidRequest for an unknown mode and for weights that the mode has no use for.
     """
     if mode not in (MOD, SOUP):
         if mode not in objectives:
@@ -74,8 +74,10 @@ def mixture(
         weights = one_hot_weights(mode, objectives)
     effective = uniform_weights(objectives) if weights is None else normalize_weights(weights, objectives)
     if mode == MOD:
-        one_hot = [tuple(one_hot_weights(name, objectives).values()) for name in objectives]
-        entries = [Entry(policy_set=policy_set, coefficients=row, weight=effective[name]) for name, row in zip(objectives, one_hot)]
+        entries = [
+            Entry(policy_set=policy_set, coefficients=tuple(one_hot_weights(name, objectives).values()), weight=weight)
+            for name, weight in effective.items()
+        ]
     else:
         entries = [Entry(policy_set=policy_set, coefficients=tuple(effective.values()), weight=1.0)]
     return Mixture(entries=tuple(entries)), effective

@@ -79,7 +79,8 @@ class MixtureBatch:
             self._rebuild()
         counts = query_start.diff()
         if len(counts) != len(self.requests) or int(query_start[-1]) != tokens:
-            raise RuntimeError(f"{len(self.requests)} mixtures for {len(counts)} requests, {int(query_start[-1])} of {tokens} tokens")
+            covered = f"{len(counts)} requests, {int(query_start[-1])} of {tokens} tokens"
+            raise RuntimeError(f"{len(self.requests)} mixtures for {covered}")
         if tokens == len(counts):
             self.active = self._coefficients
         else:
@@ -143,7 +144,7 @@ class MixtureProcessor(LogitsProcessor):  # type: ignore[misc]
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Runs where a request enters the engine: what is refused here is the caller's error (HTTP 400)."""
         if sampling_params.prompt_logprobs is not None:
-            raise VLLMValidationError("prompt_logprobs: the prompt has no log-probabilities under a mixture of policies; leave it out")
+            raise VLLMValidationError("prompt_logprobs is not supported: policies are mixed for generated tokens only")
         read_mixture(sampling_params)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:

@@ -50,7 +50,14 @@ class OfflineDecoder:
     """The engine in this process, for a list of prompts and mixtures."""
 
     def __init__(
-        self, model: Path, *, slots: int = 2, dtype: str = "auto", max_model_len: int | None = None, max_num_seqs: int = 64, **options: Any
+        self,
+        model: Path,
+        *,
+        slots: int = 2,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        **options: Any,
     ) -> None:
         """`options` go to vLLM's EngineArgs as they are."""
         from vllm import LLM
@@ -76,8 +83,8 @@ class OfflineDecoder:
         from vllm import SamplingParams
 
         for mixture in mixtures:
-            if len(mixture.entries) > self.slots:
-                raise InvalidRequest(f"{len(mixture.entries)} entries need slots={len(mixture.entries)}, this decoder has {self.slots}")
+            if (needed := len(mixture.entries)) > self.slots:
+                raise InvalidRequest(f"a mixture of {needed} entries needs slots={needed}, this decoder has {self.slots}")
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(ids), "cache_salt": m.cache_salt()} for ids, m in zip(prompts, mixtures, strict=True)],
             [SamplingParams(**sampling, extra_args={EXTRA_ARG: m.model_dump_json()}) for m in mixtures],

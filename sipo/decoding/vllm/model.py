@@ -1,8 +1,8 @@
 """vLLM's models with several rows per token: one class made from each architecture's ForCausalLM by the same mixin.
 
-Rows are token-major (t0s0, t0s1, t1s0 …), so q of shape [T·S, heads·dim] IS [T, S·heads·dim]: policies are heads. One attention call
-over S times the heads computes all slots of a request, each with its own keys and values in one KV cache. Everything else in the model
-works row by row and is not changed; LoRA deltas are added to the outputs of the linear layers.
+Rows are token-major (t0s0, t0s1, t1s0 …), so q of shape [T·S, heads·dim] IS [T, S·heads·dim]: policies are heads. One attention
+call over S times the heads computes all slots of a request, each with its own keys and values in one KV cache. Everything else in
+the model works row by row and is not changed; LoRA deltas are added to the outputs of the linear layers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "down_proj": ("down_proj",),
 }
-"""vLLM's linear layers by the last part of their name, and the layers of the checkpoint that each holds, in the order of its output."""
+"""vLLM's linear layers by the last part of their name, and the checkpoint's layers that each holds, in the order of its output."""
 
 
 class WideAttention(Attention):  # type: ignore[misc]
@@ -162,7 +162,7 @@ def _padded(adapter: LoraAdapter, module: str, rank: int, inputs: int, outputs: 
     a, b = adapter.modules.get(module, (torch.zeros(0, inputs), torch.zeros(outputs, 0)))
     if a.shape[1] != inputs or b.shape[0] != outputs:
         raise IncompatiblePolicy(
-            f"the adapter changes {module} from {a.shape[1]} to {b.shape[0]} features, this base model's goes from {inputs} to {outputs}"
+            f"the adapter's {module} goes from {a.shape[1]} to {b.shape[0]} features, this base model's from {inputs} to {outputs}"
         )
     missing = rank - a.shape[0]
     pad = nn.functional.pad

@@ -1,0 +1,197 @@
+"""The decoder over HTTP: vLLM's completion routes, each request with its mixture of policies put in and its reply with what was in
+effect. Only these routes exist: vLLM's others would let requests in that name no mixture."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.common.app import create_app as create_common_app
+from services.decoder.choice import Choice, ChoiceFields, Chooser
+from services.decoder.residency import Loader, ResidentSets
+from services.decoder.settings import DecoderSettings
+from sipo.decoding.request import EXTRA_ARG
+from sipo.errors import InvalidRequest, Unavailable
+from sipo.models import model_sha256, resolve_model
+from sipo.policies import PolicyStore
+
+log = structlog.get_logger(__name__)
+
+HEARTBEAT = 1.0
+"""Seconds between two looks at whether the engine lives."""
+
+
+class Engine(Loader, Protocol):
+    """vLLM's OpenAI server, or a fake of it."""
+
+    app: ASGIApp
+
+    @property
+    def failed(self) -> bool: ...
+
+
+OpenEngine = Callable[[Path], AbstractAsyncContextManager[Engine]]
+"""Starts the engine on a model's folder, and stops it at the end."""
+
+
+def create_app(settings: DecoderSettings, open_engine: OpenEngine) -> FastAPI:
+    """The application answers at once; /ready tells when the engine does. If the engine dies, so does the process: whoever started
+    it starts it again. `app.state.failure` says why then."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        running = asyncio.create_task(_run_engine(app, settings, open_engine))
+        yield
+        running.cancel()
+        await asyncio.wait([running])
+
+    async def ready() -> str | None:
+        return None if app.state.decoder else "the model is being loaded"
+
+    app = create_common_app("decoder", settings, lifespan, ready)
+    app.state.decoder = None
+    app.state.failure = None
+
+    @app.post("/v1/chat/completions")
+    @app.post("/v1/completions")
+    async def complete(request: Request, fields: ChoiceFields) -> Response:
+        """OpenAI's request and reply as vLLM has them, and `preference_weights`, `policy_set` and `mode`."""
+        decoder: Decoder | None = app.state.decoder
+        if decoder is None:
+            raise Unavailable("the decoder is still loading the model", retry_after=1)
+        body: dict[str, Any] = await request.json()
+        _check_prompt(body)
+        choice = await asyncio.to_thread(decoder.chooser.choose, fields)
+        return MixedResponse(decoder, choice, fields, body)
+
+    return app
+
+
+class Decoder:
+    """What a running decoder consists of."""
+
+    def __init__(self, settings: DecoderSettings, engine: Engine, base_sha256: str) -> None:
+        self.engine = engine
+        self.served_name = settings.model
+        self.residents = ResidentSets(engine, settings.decoder_sets)
+        store = PolicyStore(settings.data_dir / "policies")
+        self.chooser = Chooser(store, settings.model, base_sha256, settings.decoder_slots)
+
+
+async def _run_engine(app: FastAPI, settings: DecoderSettings, open_engine: OpenEngine) -> None:
+    try:
+        model = await asyncio.to_thread(resolve_model, settings.model, settings.cache_dir)
+        base_sha256 = await asyncio.to_thread(model_sha256, model, settings.cache_dir)
+        async with open_engine(model) as engine:
+            app.state.decoder = Decoder(settings, engine, base_sha256)
+            log.info("ready", model=settings.model, slots=settings.decoder_slots)
+            while True:
+                await asyncio.sleep(HEARTBEAT)
+                if engine.failed:
+                    raise RuntimeError("the engine's process ended")
+    except Exception as error:
+        log.exception("the engine failed")
+        app.state.failure = error
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        app.state.decoder = None
+
+
+def _check_prompt(body: dict[str, Any]) -> None:
+    """Empty prompts; vLLM itself refuses those that are too long."""
+    if "messages" in body:
+        messages = body["messages"]
+        if isinstance(messages, list) and not any(isinstance(message, dict) and message.get("content") for message in messages):
+            raise InvalidRequest("the prompt is empty: no message has any content", param="messages")
+    elif body.get("prompt") in ("", []):
+        raise InvalidRequest("the prompt is empty", param="prompt")
+
+
+class MixedResponse(Response):
+    """vLLM's reply to the request with its mixture, sent on as it comes, with the effective set and weights put in."""
+
+    def __init__(self, decoder: Decoder, choice: Choice, fields: ChoiceFields, body: dict[str, Any]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.choice = choice
+        ours = set(ChoiceFields.model_fields)
+        onward = {name: value for name, value in body.items() if name not in ours} | {
+            "model": decoder.served_name,
+            "cache_salt": choice.mixture.cache_salt(fields.cache_salt),
+            "vllm_xargs": {EXTRA_ARG: choice.mixture.model_dump_json()},
+        }
+        self.request_body = json.dumps(onward).encode()
+        self.annotation = _Annotation(choice.effective(), decoder.served_name, fields.model or choice.effective()["policy_set"])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        policy_set = self.choice.policy_set
+        if policy_set is None:
+            await self._answer(scope, receive, send)
+        else:
+            async with self.decoder.residents.lease(policy_set):
+                await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        unread = [{"type": "http.request", "body": self.request_body, "more_body": False}]
+
+        async def receive_rewritten() -> Message:
+            # After the body comes the caller's going away, which vLLM wants to know.
+            return unread.pop() if unread else await receive()
+
+        begin: Message | None = None
+
+        async def send_annotated(message: Message) -> None:
+            nonlocal begin
+            if message["type"] == "http.response.start":
+                begin = message
+                return
+            if begin is not None:
+                headers = MutableHeaders(scope=begin)
+                self.annotation.applies = begin["status"] == 200
+                message["body"] = self.annotation(message.get("body", b""))
+                if "content-length" in headers:
+                    headers["content-length"] = str(len(message["body"]))
+                await send(begin)
+                begin = None
+            else:
+                message["body"] = self.annotation(message.get("body", b""))
+            await send(message)
+
+        scope = {name: value for name, value in scope.items() if name not in ("app", "endpoint", "route", "path_params", "router")}
+        await self.decoder.engine.app(scope, receive_rewritten, send_annotated)
+
+
+class _Annotation:
+    """Puts fields into a JSON object, or into each of a stream's events, without reading it: only its first brace is touched.
+
+    vLLM sends a JSON reply in one piece, and whole events of a stream.
+    """
+
+    def __init__(self, fields: dict[str, Any], served_name: str, asked_name: str) -> None:
+        self.applies = True
+        self._fields = json.dumps(fields)[:-1].encode() + b","
+        self._served = f'"model":{json.dumps(served_name)}'.encode()
+        self._asked = f'"model":{json.dumps(asked_name)}'.encode()
+
+    def __call__(self, body: bytes) -> bytes:
+        if not self.applies:
+            return body
+        if body.startswith(b"{"):
+            return self._object(body)
+        events = body.split(b"\n\n")
+        return b"\n\n".join(b"data: " + self._object(event[6:]) if event.startswith(b"data: {") else event for event in events)
+
+    def _object(self, text: bytes) -> bytes:
+        # Before the model's name come only ids and times, so the first match is the field itself.
+        return (self._fields + text[1:]).replace(self._served, self._asked, 1)

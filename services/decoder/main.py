@@ -1,0 +1,45 @@
+"""Starts the decoder: reads the settings and joins vLLM with our routes."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from services.common import logging
+from services.common.app import serve
+from services.common.settings import load
+from services.decoder.app import Engine, create_app
+from services.decoder.settings import DecoderSettings
+from sipo.decoding.vllm import set_environment
+
+
+def main() -> None:
+    settings = load(DecoderSettings)
+    logging.configure("decoder", settings.log_level)
+    set_environment(kv_cache_gib=settings.decoder_kv_cache_gib, threads=settings.decoder_threads)
+
+    @asynccontextmanager
+    async def open_engine(model: Path) -> AsyncIterator[Engine]:
+        # The model's folder has all that is needed: nothing may wait for a hub that is not there.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        # Importing vLLM takes seconds: in a thread, so that /ready answers meanwhile.
+        server = await asyncio.to_thread(importlib.import_module, "sipo.decoding.vllm.server")
+        async with server.openai_server(
+            model,
+            settings.model,
+            slots=settings.decoder_slots,
+            gpu_memory=settings.decoder_gpu_memory,
+            dtype=settings.decoder_dtype,
+            max_model_len=settings.decoder_max_model_len,
+            max_num_seqs=settings.decoder_max_num_seqs,
+        ) as engine:
+            yield engine
+
+    app = create_app(settings, open_engine)
+    serve(app, settings.host, settings.decoder_port)
+    if app.state.failure:
+        raise SystemExit(1)

@@ -1,0 +1,83 @@
+"""vLLM's own OpenAI server as an ASGI application, with an engine whose policy sets can be changed. It trusts its caller: requests
+must carry their Mixture and cache salt already, and name resident sets only."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from argparse import Namespace
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.plugins import load_general_plugins
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from sipo.decoding.vllm.engine import engine_arguments
+from sipo.errors import IncompatiblePolicy
+
+
+class OpenAIServer:
+    """A running engine: `app` answers OpenAI's routes."""
+
+    def __init__(self, client: AsyncLLM, app: Any) -> None:
+        self.app = app
+        self._client = client
+
+    @property
+    def failed(self) -> bool:
+        """True once the engine's process is gone: nothing but a new start helps."""
+        return bool(self._client.errored)
+
+    async def load(self, key: str, adapters: Mapping[str, Path]) -> None:
+        """Makes a set resident under `key`, between two steps of the engine. Raises IncompatiblePolicy."""
+        refusals = await self._client.collective_rpc("sipo_load", args=(key, [str(folder) for folder in adapters.values()]))
+        if refusal := next(filter(None, refusals), None):
+            raise IncompatiblePolicy(refusal)
+
+    async def unload(self, key: str) -> None:
+        await self._client.collective_rpc("sipo_unload", args=(key,))
+
+
+@asynccontextmanager
+async def openai_server(
+    model: Path, served_name: str, *, slots: int, gpu_memory: float, **engine: Any
+) -> AsyncIterator[OpenAIServer]:
+    """Starts the engine, and stops it at the end; `engine` as for engine_arguments. The event loop stays free meanwhile."""
+    load_general_plugins()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    settings = engine_arguments(model, slots=slots, **engine) | {
+        "served_model_name": [served_name],
+        "scheduling_policy": "priority",
+        "gpu_memory_utilization": gpu_memory,
+        "disable_fastapi_docs": True,
+    }
+    vars(args).update(settings)
+    starting = asyncio.create_task(asyncio.to_thread(_start, args))
+    try:
+        client = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # The thread waits for the engine's process: without it, it ends at once.
+        for child in multiprocessing.active_children():
+            child.terminate()
+        await asyncio.wait([starting])
+        raise
+    try:
+        tasks = await client.get_supported_tasks()
+        app = build_app(args, tasks, client.model_config)
+        await init_app_state(client, app.state, args, tasks)
+        yield OpenAIServer(client, app)
+    finally:
+        client.shutdown()
+
+
+def _start(args: Namespace) -> AsyncLLM:
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER)
