@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
+from sipo.selection import pareto_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ HELD_OUT = 0.1
 MIN_PAIRS_TO_HOLD_OUT = 40
 
 
-class Pair(TypedDict):
+class TrainingPair(TypedDict):
     """One preference pair under TRL's column names."""
 
     prompt: str
@@ -39,17 +40,20 @@ class TokenPair(TypedDict):
     rejected_ids: list[int]
 
 
-def alignment_pairs(examples: Iterable[Example], objective: str) -> Iterator[Pair]:
+def alignment_pairs(examples: Iterable[Example], objective: str) -> Iterator[TrainingPair]:
     """D_i (Eq. 2): the examples that carry objective i, each oriented by its own label."""
     for example in examples:
         if objective in example.labels:
             chosen, rejected = example.chosen_rejected(objective)
-            yield Pair(prompt=example.prompt, chosen=chosen, rejected=rejected)
+            yield TrainingPair(prompt=example.prompt, chosen=chosen, rejected=rejected)
 
 
-def pairs(prompt: str, chosen: str, originals: Sequence[str]) -> list[Pair]:
-    """D^c (section 3.3): y_c beats y_-1 and y_1, for every policy alike, since it was better on every objective."""
-    return [Pair(prompt=prompt, chosen=chosen, rejected=original) for original in originals]
+def pareto_rows(prompt: str, chosen: str, originals: tuple[str, str], chosen_token_ids: list[int]) -> list[TrainingPair]:
+    """D^c of one accepted prompt, the same for every policy: y_c was better on every objective."""
+    return [
+        TrainingPair(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected, chosen_token_ids=chosen_token_ids)
+        for pair in pareto_pairs(prompt, chosen, originals)
+    ]
 
 
 @dataclass
@@ -61,7 +65,7 @@ class TokenisedPairs:
 
 
 def tokenise(
-    source: Sequence[Pair],
+    source: Sequence[TrainingPair],
     prompt_format: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -106,8 +110,8 @@ def tokenise(
     return TokenisedPairs(train, validation or train, held_out=bool(validation), left_out=counts)
 
 
-def _shuffled_by_prompt(source: Sequence[Pair], seed: int) -> Iterator[Pair]:
-    groups: dict[str, list[Pair]] = {}
+def _shuffled_by_prompt(source: Sequence[TrainingPair], seed: int) -> Iterator[TrainingPair]:
+    groups: dict[str, list[TrainingPair]] = {}
     for pair in source:
         groups.setdefault(pair["prompt"], []).append(pair)
     order = list(groups.values())

@@ -34,7 +34,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
-from sipo.training.data import Pair, TokenisedPairs, tokenise
+from sipo.training.data import TokenisedPairs, TrainingPair, tokenise
 from sipo.training.settings import ADAPTER, METRICS, PAIRS, Measure, Progress, TrainMetrics, TrainRun
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -170,9 +170,10 @@ def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: 
         # Costs one pass per pair, as computing it on the way would, and saves one for each further look at a pair.
         precompute_ref_log_probs=True,
         max_length=None,  # lengths are cut in sipo.training.data
+        use_cpu=not torch.accelerator.is_available(),
         bf16=run.dtype == "bfloat16",
         gradient_checkpointing=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -193,7 +194,7 @@ def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: 
     return trainer
 
 
-def _read_pairs(path: Path) -> list[Pair]:
+def _read_pairs(path: Path) -> list[TrainingPair]:
     with path.open() as file:
         return [json.loads(line) for line in file]
 

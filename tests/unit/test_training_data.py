@@ -6,18 +6,18 @@ from transformers import PreTrainedTokenizerFast
 
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
-from sipo.training.data import Pair, TokenisedPairs, alignment_pairs, pairs, tokenise
+from sipo.training.data import TokenisedPairs, TrainingPair, alignment_pairs, pareto_rows, tokenise
 
 END = 0
 
 
-def tokens(source: list[Pair], tokenizer: PreTrainedTokenizerFast, **changes: int | None) -> TokenisedPairs:
+def tokens(source: list[TrainingPair], tokenizer: PreTrainedTokenizerFast, **changes: int | None) -> TokenisedPairs:
     settings = {"max_prompt_tokens": 64, "max_response_tokens": 32, "max_pairs": None, "seed": 0} | changes
     return tokenise(source, PromptFormat.of(tokenizer), tokenizer, **settings)  # type: ignore[arg-type]
 
 
-def numbered(count: int) -> list[Pair]:
-    return [Pair(prompt=f"p{i}", chosen=f"good {i}", rejected=f"bad {i}") for i in range(count)]
+def numbered(count: int) -> list[TrainingPair]:
+    return [TrainingPair(prompt=f"p{i}", chosen=f"good {i}", rejected=f"bad {i}") for i in range(count)]
 
 
 def test_alignment_pairs_follow_the_objectives_label_and_skip_examples_without_one() -> None:
@@ -29,15 +29,15 @@ def test_alignment_pairs_follow_the_objectives_label_and_skip_examples_without_o
     assert [pair["chosen"] for pair in alignment_pairs(examples, "concise")] == ["a0", "b1"]
 
 
-def test_an_accepted_response_beats_both_originals() -> None:
-    assert pairs("x", "best", ["y0", "y1"]) == [
-        {"prompt": "x", "chosen": "best", "rejected": "y0"},
-        {"prompt": "x", "chosen": "best", "rejected": "y1"},
+def test_an_accepted_response_beats_both_originals_with_the_tokens_it_was_sampled_with() -> None:
+    assert pareto_rows("x", "best", ("y0", "y1"), [1, 2]) == [
+        {"prompt": "x", "chosen": "best", "rejected": "y0", "chosen_token_ids": [1, 2]},
+        {"prompt": "x", "chosen": "best", "rejected": "y1", "chosen_token_ids": [1, 2]},
     ]
 
 
 def test_tokens_are_those_of_the_prompt_format_with_one_end_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    (row,) = tokens([Pair(prompt="hi", chosen="yes", rejected="no")], tiny_tokenizer).train
+    (row,) = tokens([TrainingPair(prompt="hi", chosen="yes", rejected="no")], tiny_tokenizer).train
     assert tiny_tokenizer.decode(row["prompt_ids"]) == "u:hi<end>\na:"
     assert tiny_tokenizer.decode(row["chosen_ids"]) == "yes<end>"
     assert tiny_tokenizer.decode(row["rejected_ids"]) == "no<end>"
@@ -45,7 +45,7 @@ def test_tokens_are_those_of_the_prompt_format_with_one_end_token(tiny_tokenizer
 
 def test_a_sampled_response_keeps_the_tokens_it_was_sampled_with(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     sampled = [5, 6, 7]
-    (row,) = tokens([Pair(prompt="hi", chosen="yes", rejected="no", chosen_token_ids=sampled)], tiny_tokenizer).train
+    (row,) = tokens([TrainingPair(prompt="hi", chosen="yes", rejected="no", chosen_token_ids=sampled)], tiny_tokenizer).train
     assert row["chosen_ids"] == sampled
 
 
@@ -53,9 +53,9 @@ def test_long_prompts_are_left_out_long_responses_lose_their_end_and_both_are_co
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     source = [
-        Pair(prompt="p" * 65, chosen="a", rejected="b"),
-        Pair(prompt="p", chosen="a" * 40, rejected="b"),
-        Pair(prompt="q", chosen="same", rejected="same"),
+        TrainingPair(prompt="p" * 65, chosen="a", rejected="b"),
+        TrainingPair(prompt="p", chosen="a" * 40, rejected="b"),
+        TrainingPair(prompt="q", chosen="same", rejected="same"),
     ]
     found = tokens(source, tiny_tokenizer)
     (row,) = found.train
@@ -72,7 +72,7 @@ def test_a_tenth_is_held_out_from_forty_pairs_on(tiny_tokenizer: PreTrainedToken
 
 
 def test_both_pairs_of_a_prompt_stay_on_one_side_of_the_split(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    source = [pair for i in range(30) for pair in pairs(f"p{i}", f"best {i}", [f"a{i}", f"b{i}"])]
+    source = [pair for i in range(30) for pair in pareto_rows(f"p{i}", f"best {i}", (f"a{i}", f"b{i}"), [1, 2])]
     found = tokens(source, tiny_tokenizer)
     prompts = [{tuple(row["prompt_ids"]) for row in side} for side in (found.train, found.validation)]
     assert found.held_out and not prompts[0] & prompts[1]
@@ -80,7 +80,7 @@ def test_both_pairs_of_a_prompt_stay_on_one_side_of_the_split(tiny_tokenizer: Pr
 
 
 def test_max_pairs_draws_usable_pairs_by_seed(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    source = [*numbered(20), Pair(prompt="p" * 65, chosen="a", rejected="b")]
+    source = [*numbered(20), TrainingPair(prompt="p" * 65, chosen="a", rejected="b")]
     drawn = [tokens(source, tiny_tokenizer, max_pairs=10, seed=seed).train for seed in (1, 1, 2)]
     assert [len(rows) for rows in drawn] == [10, 10, 10]
     assert drawn[0] == drawn[1] != drawn[2]

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
 from sipo.prompts import PromptFormat
-from sipo.training.data import Pair, TokenPair, tokenise
+from sipo.training.data import TokenPair, TrainingPair, tokenise
 from sipo.training.dpo import build_trainer, train
 from sipo.training.settings import Failure, Progress, TrainMetrics, TrainRun, TrainSettings, write_run
 
-PAIRS = [Pair(prompt=f"question {i}", chosen="yes " * (1 + i % 3), rejected=f"no, not {i}") for i in range(6)]
+PAIRS = [TrainingPair(prompt=f"question {i}", chosen="yes " * (1 + i % 3), rejected=f"no, not {i}") for i in range(6)]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def run(tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> TrainRun:
     )
 
 
-def go(run: TrainRun, folder: Path, pairs: list[Pair] = PAIRS) -> tuple[TrainMetrics, list[Progress]]:
+def go(run: TrainRun, folder: Path, pairs: list[TrainingPair] = PAIRS) -> tuple[TrainMetrics, list[Progress]]:
     write_run(folder, run)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     steps: list[Progress] = []
@@ -144,7 +144,7 @@ def test_objectives_of_one_seed_share_the_initial_a(run: TrainRun, tmp_path: Pat
     go(
         still.model_copy(update={"objective": "concise"}),
         tmp_path / "concise",
-        [Pair(prompt=pair["prompt"], chosen=pair["rejected"], rejected=pair["chosen"]) for pair in PAIRS],
+        [TrainingPair(prompt=pair["prompt"], chosen=pair["rejected"], rejected=pair["chosen"]) for pair in PAIRS],
     )
     one, two = (load_adapter(tmp_path / name / "adapter").modules for name in ("warm", "concise"))
     assert {name.rpartition(".")[2] for name in one} == {"q_proj", "k_proj", "v_proj", "o_proj"}
