@@ -102,7 +102,7 @@ async def _invalid(_request: Request, error: Exception) -> Response:
 
 async def _http_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_").replace("-", "_")
+    code = HTTPStatus(error.status_code).name.lower()
     return JSONResponse(error_body(str(error.detail), error.status_code, code), error.status_code, error.headers)
 
 

@@ -69,7 +69,7 @@ async def until(holds: Callable[[], Awaitable[bool]], seconds: float = 30) -> No
 
 
 async def messages_in(redis: Redis, stream: str) -> list[PromptQueued | PromptSampled | PromptDecided]:
-    model = {PROMPTS: PromptQueued, CANDIDATES: PromptSampled, DECISIONS: PromptDecided}[stream]
+    model: Any = {PROMPTS: PromptQueued, CANDIDATES: PromptSampled, DECISIONS: PromptDecided}[stream]
     entries = cast(list[tuple[str, dict[str, str]]], await redis.xrange(stream))
     return [model.model_validate_json(fields["data"]) for _, fields in entries]
 

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from services.common.settings import CommonSettings, Port, load
+
+
+class ServiceSettings(CommonSettings):
+    scorer_port: Port = 8003
+
+
+def test_variables_are_field_names_after_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIPO_SCORER_PORT", "9000")
+    monkeypatch.setenv("SIPO_DATA_DIR", "~/elsewhere")
+    monkeypatch.setenv("SIPO_DECODER_SLOTS", "2")  # a neighbour's
+    settings = load(ServiceSettings)
+    assert settings.scorer_port == 9000
+    assert settings.data_dir == Path.home() / "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("SIPO_SCORER_PORT", "eighty", "SIPO_SCORER_PORT='eighty' is not usable"),
+        ("SIPO_SCORER_PORT", "70000", "65535"),
+        ("SIPO_LOG_LEVEL", "loud", "'debug', 'info', 'warning' or 'error'"),
+        ("SIPO_REDIS_URL", "localhost:6379", "SIPO_REDIS_URL='localhost:6379'"),
+    ],
+)
+def test_a_bad_value_stops_the_service_with_one_sentence_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit) as stopped:
+        load(ServiceSettings)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert variable in said
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_settings_do_not_change() -> None:
+    settings = CommonSettings()
+    with pytest.raises(ValidationError):
+        settings.model = "another"  # type: ignore[misc]
