@@ -10,8 +10,9 @@ Token ids in, rewards out: prompt formats, queues and HTTP are the caller's busi
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from sipo.errors import IncompatiblePolicy, InvalidRequest
 from sipo.lora import TARGETS, StackedLora, load_adapter, stack
 from sipo.policies import PolicySet, PolicyStore
-from sipo.preferences import Weights, format_weights, normalize_weights
+from sipo.preferences import Weights, format_weights, normalize_weights, one_hot_weights
 
 Rewards = dict[str, float]
 """By model: an objective's name for its policy, format_weights(w) for the soup at w."""
@@ -54,18 +55,16 @@ def packed_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention in transformers' form over [rows, heads, length, d]: the prompt sees itself, a response the prompt and itself."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     (_, prompt), *responses = packing.bounds
-    own = F.scaled_dot_product_attention(
-        query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], is_causal=True, scale=scaling
-    )
-    parts = [own]
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    rows, heads, length, width = query.shape
+    out = query.new_empty(rows, length, heads, width)
+    out[:, :prompt] = attend(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], is_causal=True).transpose(1, 2)
     for (start, stop), mask in zip(responses, packing.masks, strict=True):
         seen_keys = torch.cat([key[:, :, :prompt], key[:, :, start:stop]], dim=2)
         seen_values = torch.cat([value[:, :, :prompt], value[:, :, start:stop]], dim=2)
-        parts.append(F.scaled_dot_product_attention(query[:, :, start:stop], seen_keys, seen_values, attn_mask=mask, scale=scaling))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+        out[:, start:stop] = attend(query[:, :, start:stop], seen_keys, seen_values, attn_mask=mask).transpose(1, 2)
+    return out, None
 
 
 AttentionInterface.register("sipo_packed", packed_attention)
@@ -101,9 +100,9 @@ class ResidentSet:
 class RewardModel:
     """Scores responses under any policy set of the store that was made for this base; the last `keep` sets stay in memory."""
 
-    def __init__(self, model: Any, store: PolicyStore, *, base_sha256: str, keep: int = 2, token_budget: int = 4096) -> None:
+    def __init__(self, model: Any, store: PolicyStore, *, base_sha256: str, keep: int = 2, token_budget: int = 1024) -> None:
         """`model`: a plain transformers causal LM in float32, which the RewardModel takes over. `token_budget`: most tokens in one
-        pass, all rows together, where one response alone does not need more."""
+        pass, all rows together, unless one response alone has more; a CPU is fastest where a pass stays in its cache."""
         self.store = store
         self.base_sha256 = base_sha256
         self.keep = keep
@@ -140,15 +139,17 @@ class RewardModel:
         soups = [normalize_weights(weights, objectives, param="weights") for weights in soups]
         names = [*objectives, *map(format_weights, soups)]
         self._check_ids(prompt_ids, responses_ids)
-        rows = [[0.0] * len(objectives)]  # the reference
-        rows += [[float(name == objective) for name in objectives] for objective in objectives]
-        rows += [list(weights.values()) for weights in soups]
+        models = [dict.fromkeys(objectives, 0.0), *(one_hot_weights(objective, objectives) for objective in objectives), *soups]
+        coefficients = torch.tensor([list(weights.values()) for weights in models])  # row 0 is the reference
 
-        self._mix(resident, torch.tensor(rows))
         beta = resident.policy_set.manifest.beta
         rewards: list[Rewards] = []
-        for some in self._batches(len(rows), prompt_ids, responses_ids):
-            log_probs = self._log_probs(len(rows), prompt_ids, some)
+        for some in self._batches(prompt_ids, responses_ids):
+            # A pass is cut by rows first: they share only the reading of weights, responses share the prompt's forward.
+            tokens = len(prompt_ids) + sum(map(len, some))
+            at_once = max(1, self.token_budget // tokens)
+            rows = [coefficients[start : start + at_once] for start in range(0, len(coefficients), at_once)]
+            log_probs = torch.cat([self._log_probs(resident.stacks, one, prompt_ids, some) for one in rows])
             differences = beta * (log_probs[1:] - log_probs[0])
             rewards += [dict(zip(names, column, strict=True)) for column in differences.T.tolist()]
         return rewards
@@ -189,29 +190,36 @@ class RewardModel:
         self._resident[policy_set.id] = ResidentSet(policy_set, stacks)
         return self._resident[policy_set.id]
 
-    def _mix(self, resident: ResidentSet | None, coefficients: Tensor) -> None:
-        """From now on batch row j is the model with coefficients [j] of the set's adapters."""
+    def _mix(self, stacks: Mapping[str, StackedLora], coefficients: Tensor) -> None:
+        """From now on batch row j is the base changed by the adapters with coefficients[j]."""
         coefficients = coefficients.to(self._model.device)
         for module, linear in self._linears.items():
-            lora = resident and resident.stacks.get(module)
+            lora = stacks.get(module) if coefficients.any() else None
             linear.delta = (lora, lora.expand(coefficients).unsqueeze(1)) if lora else None
 
-    def _batches(
-        self, rows: int, prompt_ids: Sequence[int], responses_ids: Sequence[Sequence[int]]
-    ) -> Iterator[Sequence[Sequence[int]]]:
-        """The responses in order, as many at a time as the token budget takes, at least one."""
+    def _batches(self, prompt_ids: Sequence[int], responses_ids: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+        """The responses in order, as many at a time as one row takes within the token budget, at least one."""
         start, tokens = 0, len(prompt_ids)
         for index, ids in enumerate(responses_ids):
             tokens += len(ids)
-            if rows * tokens > self.token_budget and index > start:
+            if tokens > self.token_budget and index > start:
                 yield responses_ids[start:index]
                 start, tokens = index, len(prompt_ids) + len(ids)
         if start < len(responses_ids):
             yield responses_ids[start:]
 
     @torch.inference_mode()
-    def _log_probs(self, rows: int, prompt_ids: Sequence[int], responses_ids: Sequence[Sequence[int]]) -> Tensor:
-        """log pi(y|x) summed over each response's tokens: [rows, responses], float64 (a sum of float32 values), on the CPU."""
+    def _log_probs(
+        self,
+        stacks: Mapping[str, StackedLora],
+        coefficients: Tensor,
+        prompt_ids: Sequence[int],
+        responses_ids: Sequence[Sequence[int]],
+    ) -> Tensor:
+        """log pi(y|x) summed over each response's tokens under each row of coefficients [rows, adapters]: [rows, responses],
+        float64 sums of float32 values, on the CPU."""
+        rows = len(coefficients)
+        self._mix(stacks, coefficients)
         device = self._model.device
         prompt = len(prompt_ids)
         # The last token of a response is predicted, never read.
@@ -254,7 +262,7 @@ class RewardModel:
             logits = self._model(input_ids=torch.tensor([prompt + ids], device=self._model.device)).logits[0, len(prompt) - 1 : -1]
             wanted.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
         self._model.set_attn_implementation("sipo_packed")
-        found = self._log_probs(1, prompt, responses)[0].tolist()
+        found = self._log_probs({}, torch.zeros(1, 0), prompt, responses)[0].tolist()
         if max(abs(a - b) for a, b in zip(found, wanted, strict=True)) > 1e-3:
             raise InvalidRequest(
                 f"{type(self._model).__name__} cannot be scored: its attention or its outputs are not the usual ones"

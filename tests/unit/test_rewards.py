@@ -136,8 +136,9 @@ def test_the_other_responses_in_a_batch_and_its_cut_into_passes_change_no_value(
     together = model.score("demo:1", PROMPT, answers, SOUPS)
     assert_close([model.score("demo:1", PROMPT, [answer], SOUPS)[0] for answer in answers], together)
     assert_close(model.score("demo:1", PROMPT, answers[::-1], SOUPS)[::-1], together)
-    monkeypatch.setattr(model, "token_budget", 7 * 40)
-    assert_close(model.score("demo:1", PROMPT, answers, SOUPS), together)
+    for budget in (40, 300):
+        monkeypatch.setattr(model, "token_budget", budget)
+        assert_close(model.score("demo:1", PROMPT, answers, SOUPS), together)
 
 
 def test_soups_beside_them_change_no_reward_of_the_policies(model: RewardModel) -> None:
