@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -157,6 +157,11 @@ class JobStore:
         """Sets fields (progress, total, artifacts…) of a job that has not ended; the state is advance's alone."""
         assert "state" not in fields
         return await self._set(id, [state for state in JobState if not state.ended], lease, fields)
+
+    async def set_counts(self, id: str, round_: int, counts: Mapping[str, int]) -> None:
+        """Counts that their one writer knows as a whole: the trainer those of decisions, from what it has on disk."""
+        assert counts.keys() <= Counts.model_fields.keys()
+        await self.redis.hset(job_key(id), mapping={count_field(round_, name): number for name, number in counts.items()})
 
     async def cancel(self, id: str) -> Job:
         """Its messages are dropped from now on. Conflict if it has ended otherwise; cancelling twice is no error."""

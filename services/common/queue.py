@@ -27,7 +27,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
 from uuid import uuid4
@@ -325,8 +325,28 @@ def each(handle: Callable[[Delivery[M]], Awaitable[None]]) -> Handler[M]:
     return all_at_once
 
 
+@asynccontextmanager
+async def consuming(consumers: Sequence[Consumer[M]], handle: Handler[M], grace: float = 10.0) -> AsyncIterator[None]:
+    """Runs consumers beside the body, for an application's lifespan. Then they stop; what is in hand after `grace` s goes back.
+
+    A consumer that dies of a bug takes the process with it: a service that consumes no more must not look alive.
+    """
+    tasks = [asyncio.create_task(consumer.run(handle)) for consumer in consumers]
+    for task in tasks:
+        task.add_done_callback(_end_process_if_it_died)
+    try:
+        yield
+    finally:
+        for consumer in consumers:
+            consumer.stop()
+        await asyncio.wait(tasks, timeout=grace)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
 class Consumer(Generic[M]):
-    """Takes messages in batches and hands them to a handler, one batch at a time. For several at a time run several consumers.
+    """Takes messages in batches and hands them to a handler, one batch at a time; for several at a time run several consumers.
 
     `linger`: seconds that a batch waits to fill up. `visibility`: seconds without heartbeat (every third of it) after which
     others take a message over; it bounds how long a crash is felt, not how long handling may last. `on_dead` makes the
@@ -370,21 +390,8 @@ class Consumer(Generic[M]):
         """Ends `run` after the batch in hand."""
         self._stopping.set()
 
-    @asynccontextmanager
-    async def running(self, handle: Handler[M], grace: float = 10.0) -> AsyncIterator[None]:
-        """Runs beside the body, for an application's lifespan. At the end the batch in hand has `grace` seconds.
-
-        A consumer that dies of a bug takes the process with it: a service that consumes no more must not look alive.
-        """
-        task = asyncio.create_task(self.run(handle))
-        task.add_done_callback(_end_process_if_it_died)
-        try:
-            yield
-        finally:
-            self.stop()
-            await asyncio.wait({task}, timeout=grace)
-            task.cancel()
-            await asyncio.wait({task})
+    def running(self, handle: Handler[M], grace: float = 10.0) -> AbstractAsyncContextManager[None]:
+        return consuming([self], handle, grace)
 
     async def run(self, handle: Handler[M]) -> None:
         """Takes and handles until `stop`. The queue server may be away meanwhile; what is held when cancelled is handed back."""

@@ -86,7 +86,7 @@ class Supervisor:
         *,
         on_progress: Progress | None = None,
         ready_timeout: float = 600.0,
-        grace: float = 20.0,
+        grace: float = 30.0,
         backoff: tuple[float, float] = (0.5, 30.0),
         max_starts: int = 3,
     ) -> None:

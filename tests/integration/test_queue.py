@@ -18,7 +18,20 @@ from redis.asyncio import Redis
 from services.common.job_store import JobStore
 from services.common.jobs import JobSpec, JobState
 from services.common.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, Depth, Handler, Queue, dead, each, job_key
+from services.common.queue import (
+    CANDIDATES,
+    DECISIONS,
+    PROMPTS,
+    Consumer,
+    Delivery,
+    Depth,
+    Handler,
+    Queue,
+    consuming,
+    dead,
+    each,
+    job_key,
+)
 from services.common.valkey import server
 from sipo.errors import InvalidRequest, Unavailable
 from sipo.preferences import Example
@@ -351,6 +364,36 @@ async def test_a_batch_that_takes_longer_than_the_grace_is_handed_back_uncounted
     async with run(consumer(redis, visibility=30), note):
         await length(redis, CANDIDATES, 1)
     assert tries == [1]
+
+
+async def test_consumers_of_one_process_work_side_by_side_and_stop_together(redis: Redis) -> None:
+    for i in range(4):
+        await Queue(redis).put(PROMPTS, queued(i))
+    at_work, together = 0, asyncio.Event()
+
+    async def forever(batch: list[Delivery[PromptQueued]]) -> None:
+        nonlocal at_work
+        at_work += 1
+        if at_work == 3:
+            together.set()
+        await asyncio.sleep(60)
+
+    clock = asyncio.get_running_loop().time
+    async with consuming([consumer(redis) for _ in range(3)], forever, grace=0.5):
+        await asyncio.wait_for(together.wait(), 30)
+        begin = clock()
+    assert 0.5 <= clock() - begin < 1.4, "the grace is given once"
+    assert at_work == 3, "nobody takes another while stopping"
+
+
+async def test_a_consumer_that_dies_of_a_bug_ends_the_process(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", sent.append)
+    broken = consumer(redis)
+    monkeypatch.setattr(broken, "_take", lambda: asyncio.sleep(0, None))
+    async with run(broken, hand_on):
+        await until(lambda: asyncio.sleep(0, bool(sent)))
+    assert sent == [signal.SIGTERM]
 
 
 async def generating(redis: Redis) -> str:

@@ -1,0 +1,45 @@
+"""What a job came to: <data_dir>/jobs/<id>/report.json, written by the trainer, read by gateway and command line."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sipo.training.settings import TrainMetrics
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Funnel(_Record):
+    """From prompts to accepted responses."""
+
+    prompts: int
+    failed: int = Field(description="prompts without a decision")
+    candidates: int
+    rejected: dict[str, int] = Field(description="candidates by the rule that rejected them, most frequent first")
+    accepted: int = Field(description="prompts with a response that beats both originals: one response each")
+    pairs: int
+
+
+class GroundTruth(_Record):
+    """Mean ground-truth rewards of one objective, over the accepted prompts."""
+
+    response_0: float
+    response_1: float
+    accepted: float
+
+
+class Report(_Record):
+    job: str
+    policy: str
+    objectives: list[str]
+    round: int
+    sampling_set: str
+    reward_set: str
+    funnel: Funnel
+    ground_truth: dict[str, GroundTruth] = Field(description="for the objectives that have a ground-truth function")
+    alignment: dict[str, TrainMetrics] = Field(description="by objective; empty if the job started from policies")
+    training: dict[str, TrainMetrics] = Field(description="by objective; empty if the job stopped after the pairs")
+    policy_set: str | None = Field(description="the outcome, if one was published")
+    activated: bool
