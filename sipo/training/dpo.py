@@ -125,6 +125,7 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
         responses_cut=data.left_out["responses_cut"],
         steps=trainer.state.global_step,
         seconds=round(time.monotonic() - started, 1),
+        dtype=str(trainer.model.get_base_model().dtype).removeprefix("torch."),
         before=before,
         after=after,
     )
@@ -141,7 +142,8 @@ def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: 
     of one seed share A's initial values) and its reference is the base.
     """
     settings = run.settings
-    model = AutoModelForCausalLM.from_pretrained(run.base, dtype=getattr(torch, run.dtype))
+    dtype = _dtype(run)
+    model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
     fresh = None
     if run.start is None:
         fresh = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -150,7 +152,6 @@ def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: 
             model = PeftModel.from_pretrained(model, run.start, is_trainable=True)
         except (ValueError, RuntimeError) as error:
             raise IncompatiblePolicy(f"cannot go on with {run.start}: {error}") from error
-    train_rows = Dataset.from_list(data.train)
     steps_per_epoch = math.ceil(len(data.train) / settings.batch_size)
     eq8 = settings.alpha > 0
     args = DPOConfig(
@@ -171,7 +172,7 @@ def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: 
         precompute_ref_log_probs=True,
         max_length=None,  # lengths are cut in sipo.training.data
         use_cpu=not torch.accelerator.is_available(),
-        bf16=run.dtype == "bfloat16",
+        bf16=dtype == torch.bfloat16,
         gradient_checkpointing=False,
         dataloader_pin_memory=torch.accelerator.is_available(),
         logging_steps=1,
@@ -184,14 +185,24 @@ def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: 
     trainer = PairTrainer(
         model=model,
         args=args,
-        train_dataset=train_rows,
-        eval_dataset=Dataset.from_list(data.validation) if data.held_out else train_rows,
+        train_dataset=Dataset.from_list(data.train),
+        eval_dataset=Dataset.from_list(data.validation) if data.held_out else None,
         processing_class=tokenizer,
         peft_config=fresh,
     )
+    if not data.held_out:
+        trainer.eval_dataset = trainer.train_dataset  # with its reference log-probabilities
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
+
+
+def _dtype(run: TrainRun) -> torch.dtype:
+    """A CPU without bfloat16 instructions takes four times as long in bfloat16 as in float32."""
+    if run.dtype != "auto":
+        return torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
+    fast = torch.accelerator.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def _read_pairs(path: Path) -> list[TrainingPair]:

@@ -53,7 +53,9 @@ class TrainRun(_Record):
         default=None, description="adapter to go on with, itself frozen as reference; None: a fresh LoRA, the base as reference"
     )
     settings: TrainSettings
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the base's weights; the LoRA's are float32")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="of the base's weights (the LoRA's are float32); auto: bfloat16 where the hardware computes it"
+    )
 
 
 class Progress(_Record):
@@ -94,6 +96,7 @@ class TrainMetrics(_Record):
     responses_cut: int
     steps: int
     seconds: float
+    dtype: str
     before: Measure
     after: Measure
 

@@ -1,0 +1,1 @@
+"""Keeps the decisions, moves jobs through their states, trains in a child process and publishes policy sets."""

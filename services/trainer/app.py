@@ -1,0 +1,82 @@
+"""Joins the trainer's parts: the lease, the consumer of decisions, and the jobs' lifecycle, behind /health, /ready and /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from services.common import app as common
+from services.common.job_store import JobStore
+from services.common.messages import PromptDecided
+from services.common.queue import DECISIONS, Consumer
+from services.trainer.lifecycle import Lifecycle
+from services.trainer.rounds import Base, Stages
+from services.trainer.settings import TrainerSettings
+from sipo.models import model_sha256, resolve_model
+from sipo.policies import BaseModelRef, PolicyStore
+from sipo.prompts import PromptFormat
+
+log = structlog.get_logger(__name__)
+
+LEASE = "trainer"
+BATCH = 64
+
+
+def open_base(settings: TrainerSettings) -> Base:
+    """Finds the base model; its weights stay on disk, training runs load them."""
+    from transformers import AutoTokenizer
+
+    folder = resolve_model(settings.model, settings.cache_dir)
+    ref = BaseModelRef(name=settings.model, sha256=model_sha256(folder, settings.cache_dir))
+    return Base(folder, ref, PromptFormat.of(AutoTokenizer.from_pretrained(folder)))
+
+
+def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float = 15.0) -> FastAPI:
+    """Closes `redis` when the application ends. Only one trainer works at a time; others wait, and are not ready."""
+    state = {"waiting": "the base model is being looked up"}
+
+    async def work() -> None:
+        base = await asyncio.to_thread(open_base, settings)
+        stages = Stages(base, PolicyStore(settings.data_dir / "policies"), settings.data_dir / "jobs")
+        jobs = JobStore(redis)
+        state["waiting"] = "another trainer holds the lease"
+        async with jobs.lease(LEASE, lease_seconds) as lease:
+            lifecycle = Lifecycle(stages, jobs, lease)
+            consumer = Consumer(redis, DECISIONS, model=PromptDecided, batch=BATCH)
+            async with consumer.running(lifecycle.keep):
+                del state["waiting"]
+                await lifecycle.run()
+        raise RuntimeError("the lease was lost")
+
+    def end_process(task: asyncio.Task[None]) -> None:
+        # A trainer that works no more must not look alive: whoever started it starts it again.
+        if not task.cancelled() and (error := task.exception()):
+            log.critical("the trainer stops", exc_info=error)
+            signal.raise_signal(signal.SIGTERM)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(work())
+        task.add_done_callback(end_process)
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+            await redis.aclose()
+
+    async def ready() -> str | None:
+        try:
+            await redis.ping()
+        except RedisError as error:
+            return f"the queue server does not answer: {error}"
+        return state.get("waiting")
+
+    return common.create_app("trainer", settings, lifespan, ready)

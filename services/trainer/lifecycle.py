@@ -1,0 +1,184 @@
+"""Moves jobs through their states: one task follows one job, trainings take turns, decisions are kept meanwhile.
+
+All that must survive a crash is in Redis (states) and on disk (decisions, finished runs, policy sets): a task that follows a job
+begins with the state it finds. Changes are made under the trainer's lease, so a second trainer waits instead of doing the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import structlog
+from redis.exceptions import RedisError
+
+from services.common.job_store import Job, JobStore, Lease
+from services.common.jobs import JobState
+from services.common.messages import PromptDecided
+from services.common.queue import Delivery
+from services.trainer.decisions import DECISIONS, DecisionLog
+from services.trainer.rounds import REPORT, Stages, why_nothing_was_accepted
+from sipo.errors import Conflict, SipoError
+from sipo.training.settings import Progress
+
+log = structlog.get_logger(__name__)
+
+POLL = 0.5
+"""Seconds between looks at the jobs."""
+
+
+class Lifecycle:
+    def __init__(self, stages: Stages, jobs: JobStore, lease: Lease) -> None:
+        self.stages = stages
+        self.jobs = jobs
+        self.lease = lease
+        self._logs: dict[str, DecisionLog] = {}
+        self._log_lock = asyncio.Lock()
+        self._training = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Follows every open job until cancelled; ends when the lease is lost."""
+        following: dict[str, asyncio.Task[None]] = {}
+        try:
+            while not self.lease.lost.is_set():
+                try:
+                    jobs = await self.jobs.list()
+                except RedisError as error:
+                    log.warning("the queue server does not answer", error=str(error))
+                    jobs = []
+                for job in reversed(jobs):  # the oldest first
+                    task = following.get(job.id)
+                    if task is not None and (task.done() or job.state == JobState.CANCELLED):
+                        task.cancel()
+                        await asyncio.wait({task})
+                        del following[job.id]
+                    if job.id not in following and not job.state.ended:
+                        following[job.id] = asyncio.create_task(self._follow_safely(job))
+                await asyncio.sleep(POLL)
+        finally:
+            for task in following.values():
+                task.cancel()
+            await asyncio.gather(*following.values(), return_exceptions=True)
+
+    async def keep(self, batch: list[Delivery[PromptDecided]]) -> None:
+        """Handles deliveries of sipo:decisions: on disk first, then counted, then acknowledged."""
+        by_job: dict[str, list[Delivery[PromptDecided]]] = {}
+        for delivery in batch:
+            by_job.setdefault(delivery.message.job, []).append(delivery)
+        for job, deliveries in by_job.items():
+            try:
+                await self._append(job, [delivery.message for delivery in deliveries])
+            except (SipoError, OSError) as error:
+                for delivery in deliveries:
+                    await delivery.fail(error)
+                continue
+            for delivery in deliveries:
+                await delivery.done()
+
+    async def follow(self, job: Job) -> None:
+        """One job, from whatever state it is in to its end."""
+        if job.state == JobState.QUEUED:
+            job = await self._start(job)
+        if job.state == JobState.ALIGNING:
+            async with self._training:
+                aligned = await self.stages.align(job, self._teller(job))
+            job = await self._advance(job, JobState.GENERATING, sampling_set=aligned.id, reward_set=aligned.id, progress={})
+        if job.state == JobState.GENERATING:
+            job = await self._until_decided(job)
+        if job.state == JobState.TRAINING:
+            async with self._training:
+                await self.stages.train(job, await self._decisions(job), self._teller(job))
+            job = await self._advance(job, JobState.EVALUATING, progress={})
+        if job.state == JobState.EVALUATING:
+            await asyncio.to_thread(self.stages.report, job, await self._decisions(job))
+            job = await self._advance(job, JobState.PUBLISHING)
+        if job.state == JobState.PUBLISHING:
+            published = await asyncio.to_thread(self.stages.publish, job)
+            await asyncio.to_thread(self.stages.report, job, await self._decisions(job), published)
+            await self._advance(job, JobState.COMPLETED, policy_set=published.id, artifacts=ARTIFACTS)
+
+    async def _start(self, job: Job) -> Job:
+        sets = await asyncio.to_thread(self.stages.starting_sets, job)
+        if sets is None:
+            return await self._advance(job, JobState.ALIGNING)
+        sampling, reward = sets
+        return await self._advance(job, JobState.GENERATING, sampling_set=sampling.id, reward_set=reward.id)
+
+    async def _until_decided(self, job: Job) -> Job:
+        """Waits until every prompt of the round is decided, then leaves `generating` one way or another."""
+        while True:
+            job = await self.jobs.get(job.id)
+            if job.state != JobState.GENERATING:
+                return job
+            async with self._log_lock:
+                decided = (await self._log(job.id)).decided(job.round)
+            if job.total is not None and decided >= job.total:
+                break
+            await asyncio.sleep(POLL)
+        decisions = await self._decisions(job)
+        await asyncio.to_thread(self.stages.report, job, decisions)
+        if not any(decision.outcome == "accepted" for decision in decisions):
+            return await self._advance(job, JobState.FAILED, error=why_nothing_was_accepted(decisions), artifacts=ARTIFACTS)
+        if job.spec.stop_after == "pairs":
+            return await self._advance(job, JobState.COMPLETED, artifacts=ARTIFACTS)
+        return await self._advance(job, JobState.TRAINING)
+
+    async def _follow_safely(self, job: Job) -> None:
+        with structlog.contextvars.bound_contextvars(job=job.id):
+            try:
+                try:
+                    await self.follow(job)
+                except RedisError:
+                    raise
+                except Exception as error:
+                    await self._failed(job, error)
+            except RedisError as error:  # the next look at the jobs begins again with the state that stands
+                log.warning("interrupted", error=str(error))
+
+    async def _failed(self, job: Job, error: Exception) -> None:
+        current = await self.jobs.get(job.id)
+        if current.state.ended or self.lease.lost.is_set():
+            log.info("ended from outside", reason=str(error))
+            return
+        log.error("the job failed", exc_info=error)
+        said = error.message if isinstance(error, SipoError) else f"{type(error).__name__}: {error}"
+        with suppress(Conflict):  # cancelled in this very moment
+            await self._advance(current, JobState.FAILED, error=said)
+
+    async def _advance(self, job: Job, to: JobState, **fields: Any) -> Job:
+        moved = await self.jobs.advance(job.id, job.state, to, lease=self.lease, **fields)
+        log.info("job", job=job.id, state=str(to), error=moved.error)
+        return moved
+
+    def _teller(self, job: Job) -> Callable[[Progress], Awaitable[None]]:
+        async def tell(progress: Progress) -> None:
+            await self.jobs.update(job.id, lease=self.lease, progress=progress.model_dump())
+
+        return tell
+
+    async def _append(self, job: str, decisions: Sequence[PromptDecided]) -> None:
+        async with self._log_lock:
+            if self.lease.lost.is_set():
+                raise Conflict("the trainer's lease is another's now")
+            decision_log = await self._log(job)
+            try:
+                await asyncio.to_thread(decision_log.append, decisions)
+            except OSError:
+                del self._logs[job]
+                raise
+            for round_ in {decision.round for decision in decisions}:
+                await self.jobs.set_counts(job, round_, decision_log.counts(round_))
+
+    async def _decisions(self, job: Job) -> list[PromptDecided]:
+        async with self._log_lock:
+            return await asyncio.to_thread((await self._log(job.id)).read, job.round)
+
+    async def _log(self, job: str) -> DecisionLog:
+        if job not in self._logs:
+            self._logs[job] = await asyncio.to_thread(DecisionLog, self.stages.jobs_dir / job)
+        return self._logs[job]
+
+
+ARTIFACTS = {"decisions": DECISIONS, "report": REPORT}

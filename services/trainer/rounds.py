@@ -1,0 +1,257 @@
+"""A round of self-improvement, stage by stage: what each state of a job does.
+
+Every stage may be interrupted at any point and begun again: what is finished on disk is found, not done twice. Which stage is next
+is decided in services.trainer.lifecycle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from services.common.job_store import Job
+from services.common.messages import PromptDecided
+from services.common.reports import Funnel, GroundTruth, Report
+from services.trainer.child import run_child
+from sipo.errors import Conflict
+from sipo.evaluation.ground_truth import REWARDS
+from sipo.models import write_atomically
+from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
+from sipo.preferences import Example
+from sipo.prompts import PromptFormat
+from sipo.training.data import TrainingPair, alignment_pairs, pareto_rows
+from sipo.training.settings import ADAPTER, METRICS, PAIRS, Progress, TrainMetrics, TrainRun, TrainSettings, write_run
+
+INPUT = "input.jsonl"
+REPORT = "report.json"
+
+ADVICE = {
+    "worse_than_original": "more samples_per_weight or another temperature gives more to choose from",
+    "truncated": "a larger max_tokens lets responses end",
+    "duplicate": "a higher temperature gives different responses",
+    "empty": "see whether the policies answer such prompts at all",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of this service."""
+
+    folder: Path
+    ref: BaseModelRef
+    prompt_format: PromptFormat
+
+
+@dataclass(frozen=True)
+class Stages:
+    base: Base
+    store: PolicyStore
+    jobs_dir: Path
+
+    def starting_sets(self, job: Job) -> tuple[PolicySet, PolicySet] | None:
+        """(sampling set, reward set) for a job that starts from policies; None if it has to align them first.
+
+        The rewards stay those of the first alignment: later policies have seen their own samples.
+        """
+        aligned = self.published(job, 0)
+        if aligned is None and job.spec.policy not in self.store.names():
+            return None
+        sampling = aligned or self.store.get(job.spec.policy)
+        sampling.check_base(self.base.ref.sha256)
+        if set(job.spec.objectives or sampling.objectives) != set(sampling.objectives):
+            raise Conflict(f"{sampling.id} has policies for {', '.join(sampling.objectives)}, the job is for other objectives")
+        reward = sampling
+        while reward.manifest.round > 0 and reward.manifest.parent is not None:
+            reward = self.store.get(reward.manifest.parent)
+        return sampling, reward
+
+    async def align(self, job: Job, tell: Callable[[Progress], Awaitable[None]]) -> PolicySet:
+        """A first alignment (Eq. 2) for each objective, published without becoming current."""
+        if (published := self.published(job, 0)) is not None:
+            return published
+        objectives = job.spec.objectives
+        assert objectives, "the gateway settles the objectives of a job without policies"
+        settings = job.spec.alignment.model_copy(update={"alpha": 0.0})
+        with (self.folder(job) / INPUT).open() as file:
+            examples = [Example.model_validate_json(line) for line in file]
+        metrics = {}
+        for objective in objectives:
+            run = self._run(objective, settings, self.base.prompt_format, start=None)
+            metrics[objective] = await self._train(
+                self.run_folder(job, 0, objective), run, alignment_pairs(examples, objective), tell
+            )
+        return self._publish(job, 0, objectives, settings, metrics=metrics, parent=None)
+
+    async def train(self, job: Job, decisions: Iterable[PromptDecided], tell: Callable[[Progress], Awaitable[None]]) -> None:
+        """Eq. 8 for each objective, from the job's own policies, on the pairs of the accepted responses."""
+        assert job.sampling_set is not None
+        start = self.store.get(job.sampling_set)
+        pairs = pareto_pairs_of(decisions)
+        for objective in start.objectives:
+            run = self._run(objective, job.spec.training, start.manifest.prompt_format, start.adapter_dir(objective))
+            await self._train(self.run_folder(job, job.round, objective), run, pairs, tell)
+
+    def publish(self, job: Job) -> PolicySet:
+        """The round's policies as a new version; once, however often this is called."""
+        assert job.sampling_set is not None
+        parent = self.store.get(job.sampling_set)
+        objectives, metrics = parent.objectives, self.metrics(job, job.round, parent.objectives)
+        published = self.published(job, job.round) or self._publish(
+            job, job.round, objectives, job.spec.training, metrics=metrics, parent=parent
+        )
+        return self.store.activate(published.id) if job.spec.activate else published
+
+    def report(self, job: Job, decisions: Sequence[PromptDecided], policy_set: PolicySet | None = None) -> Report:
+        """What the round came to so far, also as a file."""
+        assert job.sampling_set is not None and job.reward_set is not None
+        objectives = self.store.get(job.sampling_set).objectives
+        report = Report(
+            job=job.id,
+            policy=job.spec.policy,
+            objectives=objectives,
+            round=job.round,
+            sampling_set=job.sampling_set,
+            reward_set=job.reward_set,
+            funnel=funnel(decisions),
+            ground_truth=ground_truth(objectives, decisions),
+            alignment=self.metrics(job, 0, objectives),
+            training=self.metrics(job, job.round, objectives),
+            policy_set=policy_set and policy_set.id,
+            activated=policy_set is not None and job.spec.activate,
+        )
+        write_atomically(self.folder(job) / REPORT, report.model_dump_json(indent=1))
+        return report
+
+    def folder(self, job: Job) -> Path:
+        return self.jobs_dir / job.id
+
+    def run_folder(self, job: Job, round_: int, objective: str) -> Path:
+        """Round 0 is the first alignment."""
+        return self.folder(job) / f"round-{round_}" / objective
+
+    def metrics(self, job: Job, round_: int, objectives: Iterable[str]) -> dict[str, TrainMetrics]:
+        """Of the runs that are finished."""
+        paths = {objective: self.run_folder(job, round_, objective) / METRICS for objective in objectives}
+        return {name: TrainMetrics.model_validate_json(path.read_text()) for name, path in paths.items() if path.exists()}
+
+    def published(self, job: Job, round_: int) -> PolicySet | None:
+        """The set that this job published for this round, if it did: a crash may have kept it from being told."""
+        name = job.spec.policy
+        return next((one for one in self.store.sets() if one.manifest.name == name and _made_by(one) == (job.id, round_)), None)
+
+    def _run(self, objective: str, settings: TrainSettings, prompt_format: PromptFormat, start: Path | None) -> TrainRun:
+        base = self.base
+        return TrainRun(
+            objective=objective,
+            base=base.folder,
+            base_name=base.ref.name,
+            prompt_format=prompt_format,
+            start=start,
+            settings=settings,
+        )
+
+    async def _train(
+        self, folder: Path, run: TrainRun, pairs: Iterable[TrainingPair], tell: Callable[[Progress], Awaitable[None]]
+    ) -> TrainMetrics:
+        if (folder / METRICS).exists():
+            return TrainMetrics.model_validate_json((folder / METRICS).read_text())
+        path = write_run(folder, run)
+        write_atomically(folder / PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+        return await run_child(path, tell)
+
+    def _publish(
+        self,
+        job: Job,
+        round_: int,
+        objectives: list[str],
+        settings: TrainSettings,
+        *,
+        metrics: dict[str, TrainMetrics],
+        parent: PolicySet | None,
+    ) -> PolicySet:
+        folders = {objective: self.run_folder(job, round_, objective) for objective in objectives}
+        data = hashlib.sha256()
+        for folder in folders.values():
+            data.update((folder / PAIRS).read_bytes())
+        draft = Draft(
+            name=job.spec.policy,
+            base=self.base.ref,
+            prompt_format=parent.manifest.prompt_format if parent else self.base.prompt_format,
+            objectives=objectives,
+            beta=settings.beta,
+            round=parent.manifest.round + 1 if parent else 0,
+            parent=parent and parent.id,
+            data_sha256=data.hexdigest(),
+            settings=settings.model_dump() | {"job": job.id, "job_round": round_},
+            metrics={objective: one.model_dump() for objective, one in metrics.items()},
+        )
+        return self.store.publish(draft, {name: folder / ADAPTER for name, folder in folders.items()}, self.base.folder)
+
+
+def pareto_pairs_of(decisions: Iterable[PromptDecided]) -> list[TrainingPair]:
+    """D^c: both pairs of every accepted prompt."""
+    rows = []
+    for decision in decisions:
+        if decision.chosen is not None:
+            example, chosen = decision.example, decision.candidates[decision.chosen].candidate
+            rows += pareto_rows(example.prompt, chosen.text, (example.response_0, example.response_1), chosen.token_ids)
+    return rows
+
+
+def funnel(decisions: Sequence[PromptDecided]) -> Funnel:
+    candidates = [candidate for decision in decisions for candidate in decision.candidates]
+    rules = Counter(candidate.rejected.partition(":")[0] for candidate in candidates if candidate.rejected)
+    return Funnel(
+        prompts=len(decisions),
+        failed=sum(decision.outcome == "failed" for decision in decisions),
+        candidates=len(candidates),
+        rejected=dict(rules.most_common()),
+        accepted=sum(decision.outcome == "accepted" for decision in decisions),
+        pairs=len(pareto_pairs_of(decisions)),
+    )
+
+
+def why_nothing_was_accepted(decisions: Sequence[PromptDecided]) -> str:
+    """One sentence from the filter's figures, and what might help."""
+    figures = funnel(decisions)
+    failed = next((decision.error for decision in decisions if decision.outcome == "failed"), None)
+    if figures.failed == figures.prompts:
+        return f"every one of {figures.prompts} prompts failed, the first with: {failed}"
+    rules = ", ".join(f"{count} {rule}" for rule, count in figures.rejected.items()) or "none"
+    reason = (
+        f"no response beat both originals on every objective, in {figures.prompts} prompts with {figures.candidates} candidates "
+        f"(rejected: {rules}; prompts failed: {figures.failed})"
+    )
+    advice = ADVICE.get(next(iter(figures.rejected), ""))
+    return f"{reason}: {advice}" if advice else reason
+
+
+def ground_truth(objectives: Iterable[str], decisions: Iterable[PromptDecided]) -> dict[str, GroundTruth]:
+    """For the objectives with a known function: the mean rewards of the accepted prompts' originals and of their new responses."""
+    accepted = [
+        (decision.example, decision.candidates[decision.chosen].candidate.text)
+        for decision in decisions
+        if decision.chosen is not None
+    ]
+    if not accepted:
+        return {}
+
+    def means(reward: Callable[[str, str], float]) -> GroundTruth:
+        return GroundTruth(
+            response_0=fmean(reward(example.prompt, example.response_0) for example, _ in accepted),
+            response_1=fmean(reward(example.prompt, example.response_1) for example, _ in accepted),
+            accepted=fmean(reward(example.prompt, text) for example, text in accepted),
+        )
+
+    return {objective: means(REWARDS[objective]) for objective in objectives if objective in REWARDS}
+
+
+def _made_by(policy_set: PolicySet) -> tuple[Any, Any]:
+    settings = policy_set.manifest.settings
+    return settings.get("job"), settings.get("job_round")
