@@ -298,7 +298,9 @@ class Delivery(Generic[M]):
 
     async def fail(self, error: Exception) -> None:
         """Hands it back as tried, or to the dead messages if it has been tried enough. Unavailable: releases it."""
-        if isinstance(error, Unavailable):
+        if not self.consumer.holds(self):  # it was handed over before the error came
+            log.error("error after the end", stream=self.consumer.stream, message=self.message.id, exc_info=error)
+        elif isinstance(error, Unavailable):
             await self.release(error.message)
         else:
             await self.consumer.retry_or_bury(self, error)
@@ -458,7 +460,11 @@ class Consumer(Generic[M]):
         for delivery, state in zip(batch, states, strict=True):
             if state in ENDED:
                 await self.hand_over(delivery.entry, delivery.message, [], {})
-        return [delivery for delivery in batch if delivery.entry in self._held]
+        return list(filter(self.holds, batch))
+
+    def holds(self, delivery: Delivery[M]) -> bool:
+        """False once it has ended."""
+        return delivery.entry in self._held
 
     async def _state_of(self, message: M) -> str | None:
         return cast(str | None, await self.redis.hget(_job_key(message), "state"))
@@ -470,9 +476,8 @@ class Consumer(Generic[M]):
                 await handle(batch)
         except Exception as caught:
             error = caught
-        for delivery in batch:
-            if delivery.entry in self._held:
-                await delivery.fail(error)
+        for delivery in filter(self.holds, batch):
+            await delivery.fail(error)
 
     async def hand_over(
         self, entry: str, message: Message | None, targets: Sequence[Target], counts: Mapping[str, int]

@@ -314,6 +314,23 @@ async def test_each_gives_every_delivery_its_own_end(redis: Redis, monkeypatch: 
     assert letter.reason == "ValueError: never"
 
 
+async def test_an_error_after_the_hand_over_undoes_nothing(redis: Redis) -> None:
+    await Queue(redis).put(PROMPTS, queued(0))
+    calls = 0
+
+    async def handle(delivery: Delivery[PromptQueued]) -> None:
+        nonlocal calls
+        calls += 1
+        await delivery.done(CANDIDATES, sampled(delivery.message))
+        raise ValueError("too late")
+
+    async with run(consumer(redis), each(handle)):
+        await length(redis, CANDIDATES, 1)
+        await asyncio.sleep(0.7)  # longer than the visibility
+    assert calls == 1
+    assert await redis.xlen(PROMPTS) == await redis.xlen(dead(PROMPTS)) == 0
+
+
 async def test_a_full_stream_makes_producer_and_consumer_wait(redis: Redis) -> None:
     queue = Queue(redis, capacity=2)
     for i in range(2):
