@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, NotFound
 from sipo.lora import TARGETS
-from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
-from sipo.preferences import Weights, format_weights, sampling_weights
+from sipo.policies import PolicyStore
+from sipo.preferences import sampling_weights
 from sipo.prompts import PromptFormat
 from sipo.rewards import RewardModel
+from tests.policies import publish_random, rewards_one_by_one
 
-BETA = 0.1
+RAW = PromptFormat(kind="raw", template="{prompt}\n")
 OBJECTIVES = ["helpful", "harmless"]
 SOUPS = sampling_weights(OBJECTIVES)
 PROMPT = [11, 12, 13, 14, 15]
-
-
-def make_adapters(base: Path, folder: Path, targets: dict[str, tuple[str, ...]], seed: int = 0) -> dict[str, Path]:
-    """Random adapters of different ranks, large enough that the rewards differ clearly."""
-    torch.manual_seed(seed)
-    paths = {}
-    for rank, (objective, modules) in enumerate(targets.items(), start=2):
-        config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=list(modules), init_lora_weights=False, task_type="CAUSAL_LM"
-        )
-        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-        adapted.save_pretrained(folder / objective)
-        paths[objective] = folder / objective
-    return paths
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +48,9 @@ def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> PolicyStore:
     """demo:1 changes other layers per objective; demo:2 and demo:3 differ from it only in their values."""
     folder = tmp_path_factory.mktemp("store")
     store = PolicyStore(folder / "policies")
-    for version in (1, 2, 3):
-        targets = {"helpful": TARGETS, "harmless": ("q_proj", "v_proj", "down_proj")}
-        adapters = make_adapters(base, folder / f"trained-{version}", targets, seed=version)
-        draft = Draft(
-            name="demo",
-            base=BaseModelRef(name="tiny", sha256="tiny"),
-            prompt_format=PromptFormat(kind="raw", template="{prompt}\n"),
-            objectives=OBJECTIVES,
-            beta=BETA,
-        )
-        store.publish(draft, adapters, base, activate=True)
+    targets = {"helpful": TARGETS, "harmless": ("q_proj", "v_proj", "down_proj")}
+    for seed in (1, 2, 3):
+        publish_random(store, base, folder, targets, base_sha256="tiny", prompt_format=RAW, seed=seed)
     return store
 
 
@@ -87,35 +64,6 @@ def responses(count: int, *, longest: int = 20, seed: int = 0) -> list[list[int]
     return [[drawn.randrange(300) for _ in range(drawn.randint(1, longest))] for _ in range(count)]
 
 
-def log_prob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> float:
-    ids = torch.tensor([[*prompt, *response]])
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double()
-    return float(logits.log_softmax(-1)[range(len(response)), list(response)].sum())
-
-
-def by_peft(
-    base: Path, policy_set: PolicySet, prompt: Sequence[int], answers: Sequence[Sequence[int]], soups: Sequence[Weights]
-) -> list[dict[str, float]]:
-    """Every model on its own, every response on its own: PEFT's active adapter, its exact merge for a soup, the plain base."""
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    reference = [log_prob(plain, prompt, answer) for answer in answers]
-    first, *others = policy_set.objectives
-    model = PeftModel.from_pretrained(plain, policy_set.adapter_dir(first), adapter_name=first).eval()
-    for objective in others:
-        model.load_adapter(policy_set.adapter_dir(objective), adapter_name=objective)
-    adapters = {objective: objective for objective in policy_set.objectives}
-    for index, weights in enumerate(soups):
-        model.add_weighted_adapter(list(weights), list(weights.values()), adapter_name=f"soup{index}", combination_type="cat")
-        adapters[format_weights(weights)] = f"soup{index}"
-    rewards: list[dict[str, float]] = [{} for _ in answers]
-    for name, adapter in adapters.items():
-        model.set_adapter(adapter)
-        for index, answer in enumerate(answers):
-            rewards[index][name] = policy_set.manifest.beta * (log_prob(model, prompt, answer) - reference[index])
-    return rewards
-
-
 def assert_close(found: list[dict[str, float]], wanted: list[dict[str, float]], tolerance: float = 1e-3) -> None:
     assert [list(rewards) for rewards in found] == [list(rewards) for rewards in wanted]
     for one, other in zip(found, wanted, strict=True):
@@ -124,7 +72,7 @@ def assert_close(found: list[dict[str, float]], wanted: list[dict[str, float]], 
 
 def test_rewards_of_policies_and_soups_agree_with_peft_one_by_one(base: Path, store: PolicyStore, model: RewardModel) -> None:
     answers = responses(6)
-    wanted = by_peft(base, store.get("demo:1"), PROMPT, answers, SOUPS)
+    wanted = rewards_one_by_one(base, store.get("demo:1"), PROMPT, answers, SOUPS)
     assert max(abs(value) for rewards in wanted for value in rewards.values()) > 0.5
     assert_close(model.score("demo:1", PROMPT, answers, SOUPS), wanted)
 
@@ -156,14 +104,16 @@ def test_a_one_hot_soup_is_the_policy_itself(model: RewardModel) -> None:
 def test_the_end_token_counts_exactly_where_it_is_given(base: Path, store: PolicyStore, model: RewardModel) -> None:
     end = 2
     ended, truncated = model.score("demo:1", PROMPT, [[21, 22, 23, end], [21, 22, 23]])
-    assert_close([ended, truncated], by_peft(base, store.get("demo:1"), PROMPT, [[21, 22, 23, end], [21, 22, 23]], []))
+    assert_close([ended, truncated], rewards_one_by_one(base, store.get("demo:1"), PROMPT, [[21, 22, 23, end], [21, 22, 23]], []))
     assert abs(ended["helpful"] - truncated["helpful"]) > 1e-3
 
 
 def test_each_call_is_scored_by_the_set_it_names_however_many_there_are(base: Path, store: PolicyStore, model: RewardModel) -> None:
     answers = responses(2, seed=3)
     for name in ("demo:1", "demo:2", "demo:3", "demo:1"):
-        assert_close(model.score(name, PROMPT, answers, SOUPS[:1]), by_peft(base, store.get(name), PROMPT, answers, SOUPS[:1]))
+        assert_close(
+            model.score(name, PROMPT, answers, SOUPS[:1]), rewards_one_by_one(base, store.get(name), PROMPT, answers, SOUPS[:1])
+        )
     assert list(model._resident) == ["demo:3", "demo:1"]
 
 
@@ -196,3 +146,19 @@ def _scaled(outputs: Any) -> Any:
     """What a model with scaled logits does after its head."""
     outputs.logits = outputs.logits / 4
     return outputs
+
+
+@pytest.mark.slow
+def test_rewards_of_the_real_model_agree_with_peft_one_by_one(bundled_base: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_base)
+    chat = PromptFormat.of(tokenizer)
+    store = PolicyStore(tmp_path / "policies")
+    targets = dict.fromkeys(OBJECTIVES, TARGETS)
+    policy_set = publish_random(store, bundled_base, tmp_path, targets, base_sha256="real", prompt_format=chat, scale=0.05)
+    model = RewardModel.load(bundled_base, store, base_sha256="real")
+    prompt = chat.prompt_ids("Why is the sky blue?", tokenizer)
+    texts = ["Because air scatters blue light more than red light.", "It is not.", "That is a good question! " * 8]
+    answers = [chat.response_ids(text, tokenizer) for text in texts]
+    wanted = rewards_one_by_one(bundled_base, policy_set, prompt, answers, SOUPS[:1])
+    assert max(abs(value) for rewards in wanted for value in rewards.values()) > 0.5
+    assert_close(model.score("demo:1", prompt, answers, SOUPS[:1]), wanted)

@@ -1,0 +1,255 @@
+"""The scorer on a real queue, with a tiny model and random policies."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+from transformers import PreTrainedTokenizerFast
+
+from services.common.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from services.common.queue import CANDIDATES, DECISIONS, Queue, connect, dead
+from services.scorer.app import create_app
+from services.scorer.scoring import Scorer
+from services.scorer.settings import ScorerSettings
+from sipo.lora import TARGETS
+from sipo.models import model_sha256
+from sipo.policies import PolicySet, PolicyStore
+from sipo.preferences import Example, format_weights, sampling_weights
+from sipo.prompts import PromptFormat
+from tests.policies import publish_random, rewards_one_by_one
+
+OBJECTIVES = ["concise", "warm"]
+SOUPS = sampling_weights(OBJECTIVES)
+NAMES = [*OBJECTIVES, *map(format_weights, SOUPS)]
+END = 0
+
+Start = Callable[[], Any]
+
+
+@pytest.fixture
+def settings(data_dir: Path, tmp_path: Path, tiny_base: Path) -> ScorerSettings:
+    return ScorerSettings(data_dir=data_dir, cache_dir=tmp_path / "cache", model=str(tiny_base), scorer_threads=1)
+
+
+@pytest.fixture
+def policies(settings: ScorerSettings, tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> PolicySet:
+    """demo:1; its two policies are nearly independent."""
+    return publish(settings, tiny_base, tiny_tokenizer, tmp_path, seed=1)
+
+
+def publish(settings: ScorerSettings, base: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, *, seed: int) -> PolicySet:
+    store = PolicyStore(settings.data_dir / "policies")
+    targets = dict.fromkeys(OBJECTIVES, TARGETS)
+    sha256 = model_sha256(base, settings.cache_dir)
+    return publish_random(store, base, folder, targets, base_sha256=sha256, prompt_format=PromptFormat.of(tokenizer), seed=seed)
+
+
+@pytest.fixture
+def start(settings: ScorerSettings, redis: Redis, redis_url: str) -> Start:
+    """Runs a scorer for the time of the body."""
+
+    @asynccontextmanager
+    async def start() -> AsyncIterator[httpx.AsyncClient]:
+        app = create_app(settings, connect(redis_url), partial(Scorer.load, settings))
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://scorer") as client,
+        ):
+            yield client
+
+    return start
+
+
+def candidate(text: str, tokenizer: PreTrainedTokenizerFast, *, ended: bool = True) -> Candidate:
+    ids = tokenizer(text)["input_ids"]
+    reason = "stop" if ended else "length"
+    return Candidate(
+        text=text, token_ids=[*ids, END] if ended else ids, finish_reason=reason, weights=SOUPS[0], stage="sample", review=None
+    )
+
+
+def sampled(prompt: int, candidates: list[Candidate], *, reward_set: str = "demo:1") -> PromptSampled:
+    example = Example(prompt=f"What is {prompt}?", response_0="no", response_1="yes, yes", labels={"concise": 0, "warm": 1})
+    plan = SamplingPlan(
+        sampling_set="demo:1",
+        reward_set=reward_set,
+        weights=[*SOUPS, {"concise": 1.0, "warm": 0.0}],
+        review_weights={"concise": 0.5, "warm": 0.5},
+        refine=False,
+        samples_per_weight=1,
+        temperature=0.7,
+        seed=0,
+        max_tokens=32,
+        review_max_tokens=16,
+    )
+    return PromptSampled(
+        queued=PromptQueued(job="job-1", round=1, prompt=str(prompt), example=example, plan=plan), candidates=candidates
+    )
+
+
+def random_texts(count: int) -> list[str]:
+    drawn = random.Random(0)
+    return ["".join(drawn.choice("abcdefg ,.") for _ in range(drawn.randint(2, 20))).strip() + "!" for _ in range(count)]
+
+
+async def decisions(redis: Redis, count: int, seconds: float = 120) -> list[PromptDecided]:
+    """The first `count` decisions, in the order in which they came."""
+    async with asyncio.timeout(seconds):
+        while await redis.xlen(DECISIONS) < count:  # noqa: ASYNC110, another process adds them
+            await asyncio.sleep(0.05)
+    return [PromptDecided.model_validate_json(fields["data"]) for _, fields in await redis.xrange(DECISIONS)]
+
+
+async def by_prompt(redis: Redis, count: int) -> dict[str, PromptDecided]:
+    found = await decisions(redis, count)
+    assert len({one.id for one in found}) == len(found) == count
+    return {one.prompt: one for one in found}
+
+
+async def test_each_prompt_gets_one_decision_that_follows_eq_7_on_independently_computed_rewards(
+    start: Start, redis: Redis, policies: PolicySet, tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    messages = [sampled(prompt, [candidate(text, tiny_tokenizer) for text in random_texts(12)]) for prompt in range(3)]
+    messages.append(sampled(3, [candidate("no", tiny_tokenizer)]))
+    for message in messages:
+        await Queue(redis).put(CANDIDATES, message)
+    async with start():
+        found = await by_prompt(redis, 4)
+    assert await redis.xlen(CANDIDATES) == 0
+
+    prompt_format = policies.manifest.prompt_format
+    for message in messages[:3]:
+        example, decision = message.queued.example, found[message.queued.prompt]
+        originals = [prompt_format.response_ids(text, tiny_tokenizer) for text in (example.response_0, example.response_1)]
+        answers = [*originals, *(one.token_ids for one in message.candidates)]
+        prompt = prompt_format.prompt_ids(example.prompt, tiny_tokenizer)
+        first, second, *others = rewards_one_by_one(tiny_base, policies, prompt, answers, SOUPS)
+        assert decision.rewards_0 == pytest.approx(first, abs=1e-3)
+        assert decision.rewards_1 == pytest.approx(second, abs=1e-3)
+        for one, wanted in zip(decision.candidates, others, strict=True):
+            assert list(one.rewards or {}) == NAMES  # the vertex of W is no soup
+            assert one.rewards == pytest.approx(wanted, abs=1e-3)
+        better = [i for i, one in enumerate(others) if all(one[name] > max(first[name], second[name]) for name in NAMES)]
+        best = max(better, key=lambda i: sum(others[i].values()), default=None)
+        assert (decision.outcome, decision.chosen) == ("none" if best is None else "accepted", best)
+        assert [i for i, one in enumerate(decision.candidates) if one.rejected is None] == ([] if best is None else [best])
+    assert "accepted" in {one.outcome for one in found.values()}
+    assert found["3"].outcome == "none"
+    assert found["3"].rewards_0 is None
+
+
+async def test_truncated_empty_and_duplicate_candidates_are_rejected_unscored(
+    start: Start, redis: Redis, policies: PolicySet, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    made = [
+        candidate("cut of", tiny_tokenizer, ended=False),
+        candidate("", tiny_tokenizer),
+        candidate("no", tiny_tokenizer),
+        candidate("new", tiny_tokenizer),
+        candidate("new", tiny_tokenizer),
+    ]
+    await Queue(redis).put(CANDIDATES, sampled(0, made))
+    async with start():
+        [decision] = await decisions(redis, 1)
+    reasons = [one.rejected for one in decision.candidates]
+    assert [reasons[index] for index in (0, 1, 2, 4)] == [
+        "truncated",
+        "empty",
+        "duplicate: of response_0",
+        "duplicate: of candidate 3",
+    ]
+    assert [one.rewards is None for one in decision.candidates] == [True, True, True, False, True]
+
+
+async def test_a_message_is_scored_by_the_set_it_names(
+    start: Start,
+    redis: Redis,
+    settings: ScorerSettings,
+    policies: PolicySet,
+    tiny_base: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """Also by one that was published while the scorer runs, and whichever is current."""
+    made = [candidate("new", tiny_tokenizer)]
+    prompt = policies.manifest.prompt_format.prompt_ids("What is 0?", tiny_tokenizer)
+    async with start():
+        second = publish(settings, tiny_base, tiny_tokenizer, tmp_path, seed=2)
+        rewards = []
+        for count, policy_set in enumerate((second, policies), start=1):
+            await Queue(redis).put(CANDIDATES, sampled(0, made, reward_set=policy_set.id))
+            rewards.append((await decisions(redis, count))[-1].candidates[0].rewards)
+    for policy_set, found in zip((second, policies), rewards, strict=True):
+        [wanted] = rewards_one_by_one(tiny_base, policy_set, prompt, [made[0].token_ids], SOUPS)
+        assert found == pytest.approx(wanted, abs=1e-3)
+
+
+async def test_a_message_that_cannot_be_scored_is_decided_as_failed_and_its_neighbours_as_usual(
+    start: Start, redis: Redis, policies: PolicySet, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    good = candidate("new", tiny_tokenizer)
+    long = candidate("much too long " * 20, tiny_tokenizer)
+    for message in (sampled(0, [good], reward_set="demo:7"), sampled(1, [good]), sampled(2, [good, long])):
+        await Queue(redis).put(CANDIDATES, message)
+    async with start():
+        found = await by_prompt(redis, 3)
+    assert [found[prompt].outcome == "failed" for prompt in ("0", "1", "2")] == [True, False, True]
+    assert "no policy set 'demo:7': known sets are demo:1" in (found["0"].error or "")
+    assert "too long: at most 256" in (found["2"].error or "")
+    assert [one.rejected for one in found["2"].candidates] == ["not_scored", "not_scored"]
+    assert await redis.xlen(dead(CANDIDATES)) == 2
+    assert await redis.xlen(CANDIDATES) == 0
+
+
+async def test_rewards_over_http_are_those_of_text_or_of_its_token_ids(
+    start: Start, policies: PolicySet, tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = tiny_tokenizer("yes")["input_ids"]
+    responses = [
+        {"text": "yes"},
+        {"token_ids": [*ids, END]},
+        {"token_ids": ids},
+        {"token_ids": ids, "finish_reason": "length"},
+        {"text": "yes", "finish_reason": "length"},
+    ]
+    async with start() as client:
+        assert (await client.get("/ready")).status_code == 200
+        body = {"policy_set": "demo", "prompt": "x", "responses": responses, "weights": SOUPS}
+        reply = (await client.post("/v1/rewards", json=body)).json()
+    assert (reply["policy_set"], reply["names"]) == ("demo:1", NAMES)
+    prompt = policies.manifest.prompt_format.prompt_ids("x", tiny_tokenizer)
+    ended, cut = rewards_one_by_one(tiny_base, policies, prompt, [[*ids, END], ids], SOUPS)
+    for found, wanted in zip(reply["rewards"], [ended, ended, ended, cut, cut], strict=True):
+        assert found == pytest.approx(wanted, abs=1e-3)
+    assert ended != pytest.approx(cut, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"policy_set": "demo:9"}, 404, "policy_set"),
+        ({"weights": [{"concise": 0.5}]}, 400, "weights"),
+        ({"weights": [{"concise": 0.5, "warm": 0.9}]}, 400, "weights"),
+        ({"responses": []}, 400, "responses"),
+        ({"responses": [{"text": "a", "token_ids": [1]}]}, 400, "responses.0"),
+        ({"responses": [{"token_ids": [999_999]}]}, 400, "responses"),
+        ({"responses": [{"text": "too long " * 99}]}, 400, "responses"),
+        ({"prompt": ""}, 400, "prompt"),
+    ],
+)
+async def test_wrong_requests_are_refused_with_the_field_at_fault(
+    start: Start, policies: PolicySet, change: dict[str, Any], status: int, param: str
+) -> None:
+    body = {"policy_set": "demo:1", "prompt": "x", "responses": [{"text": "a"}]} | change
+    async with start() as client:
+        reply = await client.post("/v1/rewards", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (status, param)
