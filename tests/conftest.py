@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
     from transformers import PreTrainedTokenizerFast
 
+    from tests.decoder import ServedDecoder
+
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -55,6 +57,23 @@ def tiny_base(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundled_base() -> Path:
+    """The folder of the bundled model."""
+    from sipo.models import BUNDLED_MODEL, resolve_model
+
+    return resolve_model(BUNDLED_MODEL, Path("~/.cache/sipo").expanduser())
+
+
+@pytest.fixture(scope="session")
+def served_decoder(bundled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDecoder]:
+    """The real decoder on the bundled model in float32, for whole sets of random adapters: see ServedDecoder.publish."""
+    from tests.decoder import ServedDecoder
+
+    with ServedDecoder.start(bundled_base, tmp_path_factory.mktemp("decoder")) as decoder:
+        yield decoder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -47,7 +47,7 @@ OpenEngine = Callable[[Path], AbstractAsyncContextManager[Engine]]
 
 def create_app(settings: DecoderSettings, open_engine: OpenEngine) -> FastAPI:
     """The application answers at once; /ready tells when the engine does. If the engine dies, so does the process: whoever started
-    it starts it again. `app.state.failure` says why then."""
+    it starts it again."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,7 +61,6 @@ def create_app(settings: DecoderSettings, open_engine: OpenEngine) -> FastAPI:
 
     app = create_common_app("decoder", settings, lifespan, ready)
     app.state.decoder = None
-    app.state.failure = None
 
     @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
@@ -100,9 +99,8 @@ async def _run_engine(app: FastAPI, settings: DecoderSettings, open_engine: Open
                 await asyncio.sleep(HEARTBEAT)
                 if engine.failed:
                     raise RuntimeError("the engine's process ended")
-    except Exception as error:
+    except Exception:
         log.exception("the engine failed")
-        app.state.failure = error
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
         app.state.decoder = None
@@ -132,7 +130,7 @@ class MixedResponse(Response):
             "vllm_xargs": {EXTRA_ARG: choice.mixture.model_dump_json()},
         }
         self.request_body = json.dumps(onward).encode()
-        self.annotation = _Annotation(choice.effective(), decoder.served_name, fields.model or choice.effective()["policy_set"])
+        self.annotate = _Annotation(choice.effective(), decoder.served_name, fields.model or choice.effective()["policy_set"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         policy_set = self.choice.policy_set
@@ -149,24 +147,24 @@ class MixedResponse(Response):
             # After the body comes the caller's going away, which vLLM wants to know.
             return unread.pop() if unread else await receive()
 
-        begin: Message | None = None
+        held: list[Message] = []
+        """The reply's head, until the first piece of the body tells its length."""
+        good = True
 
         async def send_annotated(message: Message) -> None:
-            nonlocal begin
+            nonlocal good
             if message["type"] == "http.response.start":
-                begin = message
+                good = message["status"] == 200
+                held.append(message)
                 return
-            if begin is not None:
-                headers = MutableHeaders(scope=begin)
-                self.annotation.applies = begin["status"] == 200
-                message["body"] = self.annotation(message.get("body", b""))
+            piece = self.annotate(message.get("body", b"")) if good else message.get("body", b"")
+            if held:
+                head = held.pop()
+                headers = MutableHeaders(scope=head)
                 if "content-length" in headers:
-                    headers["content-length"] = str(len(message["body"]))
-                await send(begin)
-                begin = None
-            else:
-                message["body"] = self.annotation(message.get("body", b""))
-            await send(message)
+                    headers["content-length"] = str(len(piece))
+                await send(head)
+            await send({**message, "body": piece})
 
         scope = {name: value for name, value in scope.items() if name not in ("app", "endpoint", "route", "path_params", "router")}
         await self.decoder.engine.app(scope, receive_rewritten, send_annotated)
@@ -179,14 +177,11 @@ class _Annotation:
     """
 
     def __init__(self, fields: dict[str, Any], served_name: str, asked_name: str) -> None:
-        self.applies = True
         self._fields = json.dumps(fields)[:-1].encode() + b","
         self._served = f'"model":{json.dumps(served_name)}'.encode()
         self._asked = f'"model":{json.dumps(asked_name)}'.encode()
 
     def __call__(self, body: bytes) -> bytes:
-        if not self.applies:
-            return body
         if body.startswith(b"{"):
             return self._object(body)
         events = body.split(b"\n\n")

@@ -39,7 +39,4 @@ def main() -> None:
         ) as engine:
             yield engine
 
-    app = create_app(settings, open_engine)
-    serve(app, settings.host, settings.decoder_port)
-    if app.state.failure:
-        raise SystemExit(1)
+    serve(create_app(settings, open_engine), settings.host, settings.decoder_port)

@@ -18,10 +18,14 @@ from sipo.errors import IncompatiblePolicy, InvalidRequest
 def engine_arguments(model: Path, *, slots: int, dtype: str, max_model_len: int | None, max_num_seqs: int) -> dict[str, Any]:
     """Arguments for vLLM's EngineArgs. Raises InvalidRequest for an architecture that the plugin was not made for."""
     from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
 
+    load_general_plugins()
     config = json.loads((model / "config.json").read_text())
     architecture = PREFIX + config["architectures"][0]
     supported = [name for name in ModelRegistry.get_supported_archs() if name.startswith(PREFIX)]
+    if not supported:
+        raise RuntimeError("vLLM does not find the plugin sipo: install this project again (pip install -e .)")
     if architecture not in supported:
         known = ", ".join(sorted(name.removeprefix(PREFIX) for name in supported))
         raise InvalidRequest(f"{model} is a {config['architectures'][0]}: the decoder mixes {known}", param="model")
@@ -62,9 +66,6 @@ class OfflineDecoder:
         """`options` go to vLLM's EngineArgs as they are."""
         from vllm import LLM
 
-        from sipo.decoding.vllm import register
-
-        register()
         self.slots = slots
         arguments = engine_arguments(model, slots=slots, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
         self.llm = LLM(**(arguments | options))

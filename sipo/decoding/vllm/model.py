@@ -62,7 +62,7 @@ class WideAttention(Attention):  # type: ignore[misc]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens = len(query) // self.slots
-        wide = super().forward(*(rows.reshape(tokens, -1) for rows in (query, key, value)))
+        wide: Tensor = super().forward(*(rows.reshape(tokens, -1) for rows in (query, key, value)))
         return wide.view(len(query), -1)
 
 
@@ -98,13 +98,16 @@ class MixingModel(nn.Module):
         slots = self.mixture_batch.slots
         tokens = len(input_ids)
         self.mixture_batch.start(_query_start(), tokens)
-        hidden = super().forward(input_ids.repeat_interleave(slots), positions.repeat_interleave(slots), intermediate_tensors)
+        hidden: Tensor = super().forward(
+            input_ids.repeat_interleave(slots), positions.repeat_interleave(slots), intermediate_tensors
+        )
         return hidden.view(tokens, -1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         rows = len(hidden_states)
         slots = hidden_states.view(rows, self.mixture_batch.slots, -1)
-        logits: Tensor | None = super().compute_logits(mix_hidden_states(slots, self.mixture_batch.weights(rows)))
+        mixed = mix_hidden_states(slots, self.mixture_batch.weights(rows))
+        logits: Tensor | None = super().compute_logits(mixed)  # type: ignore[misc]  # of the class that this is mixed into
         return logits
 
     def resident_set(self, adapters: list[LoraAdapter]) -> ResidentSet:
@@ -142,9 +145,9 @@ class _AddDelta:
         return result, bias
 
 
-def _fused_delta(adapters: list[LoraAdapter], ranks: tuple[int, ...], parts: list[str], linear: nn.Module) -> Delta:
+def _fused_delta(adapters: list[LoraAdapter], ranks: tuple[int, ...], parts: list[str], linear: Any) -> Delta:
     sizes: list[int] = getattr(linear, "output_sizes", None) or [linear.output_size]
-    inputs = linear.input_size
+    inputs: int = linear.input_size
     weight = next(linear.parameters())
     a: list[Tensor] = []
     b: list[Tensor] = []
@@ -154,7 +157,8 @@ def _fused_delta(adapters: list[LoraAdapter], ranks: tuple[int, ...], parts: lis
         assert stacked is not None
         a.append(stacked.a)
         b.append(stacked.b)
-    return Delta(a=torch.cat(a).to(weight.device, weight.dtype), b=torch.block_diag(*b).to(weight.device, weight.dtype))
+    diagonal: Tensor = torch.block_diag(*b)  # type: ignore[no-untyped-call]
+    return Delta(a=torch.cat(a).to(weight.device, weight.dtype), b=diagonal.to(weight.device, weight.dtype))
 
 
 def _padded(adapter: LoraAdapter, module: str, rank: int, inputs: int, outputs: int) -> LoraAdapter:

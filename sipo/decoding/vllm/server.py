@@ -15,7 +15,6 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.plugins import load_general_plugins
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -51,13 +50,13 @@ async def openai_server(
     model: Path, served_name: str, *, slots: int, gpu_memory: float, **engine: Any
 ) -> AsyncIterator[OpenAIServer]:
     """Starts the engine, and stops it at the end; `engine` as for engine_arguments. The event loop stays free meanwhile."""
-    load_general_plugins()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     settings = engine_arguments(model, slots=slots, **engine) | {
         "served_model_name": [served_name],
         "scheduling_policy": "priority",
         "gpu_memory_utilization": gpu_memory,
         "disable_fastapi_docs": True,
+        "enable_prompt_tokens_details": True,  # how many came from the prefix cache
     }
     vars(args).update(settings)
     starting = asyncio.create_task(asyncio.to_thread(_start, args))

@@ -1,0 +1,311 @@
+"""The decoder's service without its engine: which mixture answers a request, which sets are in memory, what passes through."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from services.decoder.app import create_app
+from services.decoder.choice import ChoiceFields, Chooser
+from services.decoder.residency import ResidentSets, resident_key
+from services.decoder.settings import DecoderSettings
+from sipo.decoding.request import EXTRA_ARG, Mixture
+from sipo.errors import IncompatiblePolicy, InvalidRequest, SipoError, Unavailable
+from sipo.models import model_sha256
+from sipo.policies import AdapterRef, PolicySet, PolicyStore, adapter_sha256
+from tests.fakes import write_policy_set
+
+OBJECTIVES = ["concise", "warm"]
+WEIGHTS = {"concise": 0.7, "warm": 0.3}
+SHA = "0" * 64
+
+
+def publish(store: PolicyStore, identifier: str, objectives: list[str] = OBJECTIVES, base_sha256: str = SHA) -> PolicySet:
+    """A current set as far as the decoder's service reads it; its adapters' files have only a name and a hash."""
+    manifest = write_policy_set(store.root, identifier, objectives, current=True)
+    folder = store.root / identifier.replace(":", "/")
+    refs = {}
+    for objective in objectives:
+        (folder / objective).mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / objective / name).write_text(f"{identifier} {objective}")
+        refs[objective] = AdapterRef(sha256=adapter_sha256(folder / objective), rank=8)
+    base = manifest.base.model_copy(update={"sha256": base_sha256})
+    (folder / "manifest.json").write_text(manifest.model_copy(update={"adapters": refs, "base": base}).model_dump_json())
+    return store.get(identifier)
+
+
+@pytest.fixture
+def store(data_dir: Path) -> PolicyStore:
+    return PolicyStore(data_dir / "policies")
+
+
+class FakeEngine:
+    """vLLM's server as a mirror: its reply shows the request that it got. `broken` names a set that it refuses."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.broken: str | None = None
+        self.failed = False
+        self.app = FastAPI()
+        self.app.post("/v1/completions")(self._complete)
+
+    async def load(self, key: str, adapters: Mapping[str, Path]) -> None:
+        await asyncio.sleep(0)
+        if self.broken and key.startswith(self.broken):
+            raise IncompatiblePolicy("does not fit")
+        self.loaded.append(key)
+
+    async def unload(self, key: str) -> None:
+        self.loaded.remove(key)
+
+    async def _complete(self, request: Request) -> Response:
+        body = await request.json()
+        reply = {"id": "cmpl-1", "model": body["model"], "seen": body}
+        if not body.get("stream"):
+            return JSONResponse(reply, 400 if body.get("bad") else 200)
+        events = [f"data: {json.dumps(reply, separators=(',', ':'))}\n\n"] * 2 + ["data: [DONE]\n\n"]
+        return StreamingResponse(iter(events), media_type="text/event-stream")
+
+
+# Which mixture answers a request
+
+
+def choose(store: PolicyStore, slots: int = 2, **fields: Any) -> list[tuple[tuple[float, ...], float]]:
+    """The coefficients and weight of each slot."""
+    choice = Chooser(store, "smollm2-135m", SHA, slots).choose(ChoiceFields(**fields))
+    return [(entry.coefficients, entry.weight) for entry in choice.mixture.entries]
+
+
+def test_every_mode_is_a_list_of_coefficients_and_weights(store: PolicyStore) -> None:
+    publish(store, "demo:1")
+
+    assert choose(store, model="demo", preference_weights=WEIGHTS) == [((1, 0), 0.7), ((0, 1), 0.3)]
+    assert choose(store, model="demo:1") == [((1, 0), 0.5), ((0, 1), 0.5)]
+    assert choose(store, model="demo@concise=0.7,warm=0.3", mode="soup") == [((0.7, 0.3), 1)]
+    assert choose(store, policy_set="demo", mode="warm") == [((0, 1), 1)]
+    assert (
+        choose(store, model="demo", mode="base") == choose(store, model="base") == choose(store, model="smollm2-135m") == [((), 1)]
+    )
+
+
+def test_a_name_means_the_set_that_is_current_at_that_moment(store: PolicyStore) -> None:
+    chooser = Chooser(store, "smollm2-135m", SHA, 2)
+    publish(store, "demo:1")
+    publish_next = choose_set(chooser, "demo")
+    (store.root / "demo" / "current").unlink()
+    publish(store, "demo:2")
+
+    assert (publish_next, choose_set(chooser, "demo"), choose_set(chooser, "demo:1")) == ("demo:1", "demo:2", "demo:1")
+
+
+def choose_set(chooser: Chooser, model: str) -> str:
+    policy_set = chooser.choose(ChoiceFields(model=model)).policy_set
+    assert policy_set is not None
+    return policy_set.id
+
+
+def test_a_set_that_needs_more_slots_says_how_to_start_the_decoder(store: PolicyStore) -> None:
+    publish(store, "three:1", ["a", "b", "c"])
+
+    with pytest.raises(InvalidRequest, match="SIPO_DECODER_SLOTS=3"):
+        choose(store, model="three")
+    assert len(choose(store, model="three", slots=3)) == 3
+    assert len(choose(store, model="three", mode="soup")) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"model": "demo", "mode": "best"},
+        {"model": "demo", "mode": "warm", "preference_weights": WEIGHTS},
+        {"model": "base", "mode": "soup"},
+        {"model": "base", "preference_weights": WEIGHTS},
+        {"model": "demo@concise=1,warm=0", "preference_weights": WEIGHTS},
+        {"model": "demo@concise", "preference_weights": None},
+        {"model": "foreign"},
+        {"model": "../demo"},
+    ],
+)
+def test_what_cannot_be_answered_is_refused(store: PolicyStore, fields: dict[str, Any]) -> None:
+    publish(store, "demo:1")
+    publish(store, "foreign:1", base_sha256="f" * 64)
+
+    with pytest.raises(SipoError) as refusal:
+        choose(store, **fields)
+    assert refusal.value.status in (400, 404)
+
+
+def test_the_salt_tells_apart_what_keys_and_values_depend_on_and_nothing_else(store: PolicyStore) -> None:
+    publish(store, "demo:1")
+    publish(store, "other:1")
+    chooser = Chooser(store, "smollm2-135m", SHA, 2)
+
+    def salt(callers: str | None = None, **fields: Any) -> str:
+        return chooser.choose(ChoiceFields(**fields)).mixture.cache_salt(callers)
+
+    different = [
+        salt(model="demo"),
+        salt(model="demo", callers="mine"),
+        salt(model="other"),
+        salt(model="demo", mode="soup"),
+        salt(model="demo@concise=1,warm=0", mode="soup"),
+        salt(model="demo", mode="warm"),
+        salt(model="base"),
+    ]
+    assert len(set(different)) == len(different)
+    assert salt(model="demo", preference_weights=WEIGHTS) == salt(model="demo@concise=0.2,warm=0.8") == different[0]
+
+
+# Which sets are in memory
+
+
+async def test_the_set_unused_for_longest_makes_room(store: PolicyStore) -> None:
+    engine = FakeEngine()
+    residents = ResidentSets(engine, 2)
+    a, b, c = (publish(store, f"{name}:1") for name in "abc")
+    for policy_set in (a, b, a, c):
+        async with residents.lease(policy_set):
+            assert resident_key(policy_set) in engine.loaded
+
+    assert engine.loaded == [resident_key(a), resident_key(c)]
+
+
+async def test_a_set_with_running_requests_stays_and_the_newcomer_is_told_to_wait(store: PolicyStore) -> None:
+    engine = FakeEngine()
+    residents = ResidentSets(engine, 1)
+    a, b = publish(store, "a:1"), publish(store, "b:1")
+
+    async with residents.lease(a):
+        with pytest.raises(Unavailable, match="b:1 is not in memory"):
+            async with residents.lease(b):
+                pass
+        assert engine.loaded == [resident_key(a)]
+    async with residents.lease(b):
+        assert engine.loaded == [resident_key(b)]
+
+
+async def test_a_set_is_loaded_once_for_many_requests_at_once(store: PolicyStore) -> None:
+    engine = FakeEngine()
+    residents = ResidentSets(engine, 2)
+    a = publish(store, "a:1")
+
+    async with AsyncExitStack() as stack:
+        await asyncio.gather(*(stack.enter_async_context(residents.lease(a)) for _ in range(5)))
+        assert engine.loaded == [resident_key(a)]
+
+
+async def test_a_refused_set_leaves_the_others_where_they_are(store: PolicyStore) -> None:
+    engine = FakeEngine()
+    engine.broken = "bad"
+    residents = ResidentSets(engine, 1)
+    good, bad, tampered = publish(store, "good:1"), publish(store, "bad:1"), publish(store, "tampered:1")
+    (tampered.adapter_dir("warm") / "adapter_model.safetensors").write_text("other")
+    async with residents.lease(good):
+        pass
+
+    for refused in (bad, tampered):
+        with pytest.raises(IncompatiblePolicy):
+            async with residents.lease(refused):
+                pass
+    assert engine.loaded == [resident_key(good)]
+    async with residents.lease(good):
+        pass
+
+
+# What passes through
+
+
+@asynccontextmanager
+async def running(engine: FakeEngine, data_dir: Path, base: Path) -> AsyncIterator[httpx.AsyncClient]:
+    @asynccontextmanager
+    async def open_engine(_model: Path) -> AsyncIterator[FakeEngine]:
+        yield engine
+
+    settings = DecoderSettings(data_dir=data_dir, cache_dir=data_dir / "cache", model=str(base))
+    app = create_app(settings, open_engine)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://decoder") as client,
+    ):
+        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110  # asks as a caller would
+            await asyncio.sleep(0.01)
+        yield client
+
+
+@pytest.fixture
+async def client(store: PolicyStore, data_dir: Path, tiny_base: Path) -> AsyncIterator[httpx.AsyncClient]:
+    publish(store, "demo:1", base_sha256=model_sha256(tiny_base, data_dir / "cache"))
+    async with running(FakeEngine(), data_dir, tiny_base) as client:
+        yield client
+
+
+async def test_the_engine_gets_the_mixture_and_not_our_fields(client: httpx.AsyncClient) -> None:
+    request = {
+        "model": "demo",
+        "preference_weights": WEIGHTS,
+        "prompt": "Hi",
+        "top_p": 0.9,
+        "vllm_xargs": {"sipo": "forged", "x": 1},
+    }
+    reply = (await client.post("/v1/completions", json=request)).json()
+
+    seen = reply["seen"]
+    mixture = Mixture.model_validate_json(seen["vllm_xargs"].pop(EXTRA_ARG))
+    assert [entry.weight for entry in mixture.entries] == [0.7, 0.3]
+    assert seen.pop("cache_salt") == mixture.cache_salt()
+    assert seen.pop("model") != "demo"
+    assert seen == {"prompt": "Hi", "top_p": 0.9, "vllm_xargs": {}}
+    assert (reply["model"], reply["policy_set"], reply["preference_weights"]) == ("demo", "demo:1", WEIGHTS)
+
+
+async def test_every_event_of_a_stream_is_annotated(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/v1/completions", json={"model": "demo", "prompt": "Hi", "stream": True})
+
+    first, second, end = reply.text.strip().split("\n\n")
+    assert end == "data: [DONE]"
+    for event in (first, second):
+        chunk = json.loads(event.removeprefix("data: "))
+        assert (chunk["model"], chunk["policy_set"]) == ("demo", "demo:1")
+
+
+async def test_an_error_of_vllm_passes_unchanged(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/v1/completions", json={"model": "demo", "prompt": "Hi", "bad": True})
+
+    assert reply.status_code == 400
+    assert "policy_set" not in reply.json()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', '{"model": 1}', '{"model": "demo", "preference_weights": "x"}'])
+async def test_what_is_no_request_is_a_callers_error(client: httpx.AsyncClient, content: str) -> None:
+    reply = await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+
+    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_until_the_engine_is_there_requests_are_told_to_come_back(data_dir: Path, tiny_base: Path) -> None:
+    @asynccontextmanager
+    async def never(_model: Path) -> AsyncIterator[FakeEngine]:
+        await asyncio.Event().wait()
+        yield FakeEngine()
+
+    app = create_app(DecoderSettings(data_dir=data_dir, cache_dir=data_dir / "cache", model=str(tiny_base)), never)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://decoder") as client,
+    ):
+        ready = await client.get("/ready")
+        reply = await client.post("/v1/completions", json={"model": "demo", "prompt": "Hi"})
+
+    assert ready.status_code == reply.status_code == 503
+    assert "being loaded" in ready.json()["error"]["message"]
