@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -16,7 +17,9 @@ from sipo.policies import BaseModelRef, Manifest
 from sipo.prompts import PromptFormat
 
 
-def write_policy_set(root: Path, identifier: str, objectives: list[str], *, current: bool = False) -> Manifest:
+def write_policy_set(
+    root: Path, identifier: str, objectives: list[str], *, current: bool = False, prompt_format: PromptFormat | None = None
+) -> Manifest:
     """A published set as far as readers of manifests see it: without any adapter."""
     name, version = identifier.split(":")
     manifest = Manifest(
@@ -24,7 +27,7 @@ def write_policy_set(root: Path, identifier: str, objectives: list[str], *, curr
         version=int(version),
         created=datetime(2026, 1, 1, tzinfo=UTC),
         base=BaseModelRef(name="smollm2-135m", sha256="0" * 64),
-        prompt_format=PromptFormat(),
+        prompt_format=prompt_format or PromptFormat(),
         objectives=objectives,
         beta=0.1,
         adapters={},
@@ -46,6 +49,8 @@ class FakeDecoder:
 
     def __init__(self) -> None:
         self.answer = "Boil it for eight minutes."
+        self.finish_reason = "stop"
+        self.end_token: int | None = 0
         self.delay = 0.0
         self.error: tuple[int, dict[str, Any]] | None = None
         self.breaks_after: int | None = None
@@ -54,6 +59,17 @@ class FakeDecoder:
         self.app = FastAPI()
         self.app.post("/v1/chat/completions")(self._complete)
         self.app.post("/v1/completions")(self._complete)
+        self.app.get("/ready")(self._ready)
+
+    def write(self, body: dict[str, Any]) -> str:
+        return self.answer
+
+    def token_ids(self, text: str) -> list[int]:
+        """The same for the same text, and the end token where it ended by one."""
+        return [*text.encode(), *([] if self.end_token is None else [self.end_token])]
+
+    async def _ready(self) -> Response:
+        return JSONResponse(self.error[1], self.error[0]) if self.error else JSONResponse({"status": "ready"})
 
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
@@ -64,7 +80,7 @@ class FakeDecoder:
         reply = {
             "id": "chatcmpl-1",
             "created": 1,
-            "model": body["model"],
+            "model": body.get("model", "demo"),
             "policy_set": body.get("policy_set"),
             "preference_weights": body.get("preference_weights"),
         }
@@ -75,9 +91,12 @@ class FakeDecoder:
         leaving.cancel()
         if done:
             self.stopped.set()
-        said = {"message": {"role": "assistant", "content": self.answer}} if chat else {"text": self.answer}
+        text = self.write(body)
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        if body.get("return_token_ids"):
+            said["token_ids"] = self.token_ids(text)
         usage = {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
-        choice = {"index": 0, "finish_reason": "stop", "logprobs": None, **said}
+        choice = {"index": 0, "finish_reason": self.finish_reason, "logprobs": None, **said}
         return JSONResponse(
             reply | {"object": "chat.completion" if chat else "text_completion", "choices": [choice], "usage": usage}
         )
@@ -99,6 +118,14 @@ class FakeDecoder:
         except asyncio.CancelledError:
             self.stopped.set()
             raise
+
+
+class WritingDecoder(FakeDecoder):
+    """Writes something else for every prompt, weights and seed, always the same for the same ones."""
+
+    def write(self, body: dict[str, Any]) -> str:
+        asked = {key: body.get(key) for key in ("messages", "prompt", "preference_weights", "policy_set", "temperature", "seed")}
+        return f"answer {hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 async def _left(request: Request) -> None:

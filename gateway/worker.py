@@ -1,0 +1,185 @@
+"""The generation worker: takes a prompt from the queue and hands on all its candidates (paper section 3.2, stages 1 and 2).
+
+Any number of them may run. It keeps nothing: what it has when it dies is made again by another, with the same seeds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from fastapi import FastAPI
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from gateway.worker_settings import WorkerSettings
+from services.common import app as common
+from services.common import logging
+from services.common.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient
+from services.common.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, connect, each
+from services.common.settings import load
+from sipo.policies import PolicySet, PolicyStore
+from sipo.preferences import Weights
+
+T = TypeVar("T")
+
+
+class Generator:
+    """Makes the candidates of a prompt."""
+
+    def __init__(self, decoder: DecoderClient, reviewer: ReviewerClient, policies: PolicyStore) -> None:
+        self.decoder = decoder
+        self.reviewer = reviewer
+        self.policies = policies
+
+    async def generate(self, queued: PromptQueued) -> PromptSampled:
+        """For every w_m of W, samples_per_weight times: a sample, and a rewrite of it."""
+        plan = queued.plan
+        policies = self.policies.get(plan.sampling_set)
+        chains = [
+            Chain(self, queued, policies, plan.weights[m], f"{m}/{k}").candidates()
+            for m in range(len(plan.weights))
+            for k in range(plan.samples_per_weight)
+        ]
+        return PromptSampled(queued=queued, candidates=[one for chain in await together(chains) for one in chain])
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One sample under w_m and what comes of it. `place` is its number among the prompt's chains, for the seeds."""
+
+    by: Generator
+    queued: PromptQueued
+    policies: PolicySet
+    weights: Weights
+    place: str
+
+    async def candidates(self) -> list[Candidate]:
+        sample = await self.sample()
+        if not self.plan.refine:
+            return [sample]
+        review = await self.review(sample)
+        return [sample, await self.rewrite(sample, review)]
+
+    async def sample(self) -> Candidate:
+        """y^s of Eq. 3, under w_m."""
+        [written] = await self.by.decoder.chat(
+            self.policies.manifest.prompt_format.request(self.prompt),
+            max_tokens=self.plan.max_tokens,
+            weights=self.weights,
+            priority=JOB_PRIORITY,
+            **self._common("sample"),
+        )
+        return self._candidate(written, "sample", None)
+
+    async def review(self, sample: Candidate) -> str:
+        """y^v of Eq. 4, under w_e."""
+        return await self.by.reviewer.review(
+            self.prompt,
+            sample.text,
+            objectives=self.policies.objectives,
+            max_tokens=self.plan.review_max_tokens,
+            weights=self.plan.review_weights,
+            **self._common("review"),
+        )
+
+    async def rewrite(self, sample: Candidate, review: str) -> Candidate:
+        """y^a of Eq. 5, under the w_m of its sample."""
+        written = await self.by.reviewer.rewrite(
+            self.prompt,
+            sample.text,
+            review,
+            objectives=self.policies.objectives,
+            max_tokens=self.plan.max_tokens,
+            weights=self.weights,
+            **self._common("rewrite"),
+        )
+        return self._candidate(written, "rewrite", review)
+
+    @property
+    def plan(self) -> SamplingPlan:
+        return self.queued.plan
+
+    @property
+    def prompt(self) -> str:
+        return self.queued.example.prompt
+
+    def _common(self, stage: str) -> dict[str, Any]:
+        return {"policy_set": self.policies.id, "temperature": self.plan.temperature, "seed": self.seed(stage)}
+
+    def seed(self, stage: str) -> int:
+        """The same whenever, and in whichever job, this prompt comes with this plan: a redelivery makes the same candidates."""
+        name = f"{self.plan.seed}/{self.queued.round}/{self.queued.prompt}/{self.place}/{stage}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) >> 1
+
+    def _candidate(self, written: Completion, stage: Literal["sample", "rewrite"], review: str | None) -> Candidate:
+        return Candidate(
+            text=written.text,
+            token_ids=written.token_ids,
+            finish_reason=written.finish_reason,
+            weights=self.weights,
+            stage=stage,
+            review=review,
+        )
+
+
+async def together(chains: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All at once; the first error ends the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(chain) for chain in chains]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None  # the group adds nothing, and its picture fills pages
+    return [task.result() for task in tasks]
+
+
+def as_failed(queued: PromptQueued, reason: str) -> tuple[str, PromptDecided]:
+    """What goes on to the trainer in place of a prompt for which no candidates could be made."""
+    decision = PromptDecided(
+        job=queued.job, round=queued.round, prompt=queued.prompt, outcome="failed", example=queued.example, error=reason
+    )
+    return DECISIONS, decision
+
+
+def create_app(settings: WorkerSettings, redis: Redis, decoder: DecoderClient, reviewer: ReviewerClient) -> FastAPI:
+    generator = Generator(decoder, reviewer, PolicyStore(settings.data_dir / "policies"))
+
+    async def make_candidates(delivery: Delivery[PromptQueued]) -> None:
+        await delivery.done(CANDIDATES, await generator.generate(delivery.message), counts={"sampled": 1})
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(redis.aclose)
+            await stack.enter_async_context(decoder)
+            await stack.enter_async_context(reviewer)
+            # One consumer a prompt, so that a prompt that is done makes room for the next at once.
+            for _place in range(settings.worker_prompts):
+                consumer = Consumer(redis, PROMPTS, model=PromptQueued, batch=1, on_dead=as_failed)
+                await stack.enter_async_context(consumer.running(each(make_candidates)))
+            yield
+
+    async def ready() -> str | None:
+        try:
+            await redis.ping()
+        except RedisError as error:
+            return f"the queue server does not answer: {error}"
+        return None
+
+    return common.create_app("worker", settings, lifespan, ready)
+
+
+def main() -> None:
+    settings = load(WorkerSettings)
+    logging.configure("worker", settings.log_level)
+    decoder, reviewer = DecoderClient(settings.decoder_url), ReviewerClient(settings.reviewer_url)
+    common.serve(create_app(settings, connect(settings.redis_url), decoder, reviewer), settings.host, settings.worker_port)
+
+
+if __name__ == "__main__":
+    main()

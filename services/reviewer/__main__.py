@@ -1,0 +1,3 @@
+from services.reviewer.main import main
+
+main()

@@ -1,0 +1,16 @@
+"""Starts the reviewer with the real decoder."""
+
+from __future__ import annotations
+
+from services.common import logging
+from services.common.app import serve
+from services.common.clients import DecoderClient
+from services.common.settings import load
+from services.reviewer.app import create_app
+from services.reviewer.settings import ReviewerSettings
+
+
+def main() -> None:
+    settings = load(ReviewerSettings)
+    logging.configure("reviewer", settings.log_level)
+    serve(create_app(settings, DecoderClient(settings.decoder_url)), settings.host, settings.reviewer_port)

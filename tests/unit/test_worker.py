@@ -1,0 +1,83 @@
+"""What the generation worker decides by itself; what it says to others is in tests/integration/test_worker_queue.py."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gateway.worker import Chain, Generator, as_failed, together
+from services.common.clients import DecoderClient, ReviewerClient
+from services.common.messages import PromptQueued, SamplingPlan
+from services.common.queue import DECISIONS
+from sipo.errors import InvalidRequest
+from sipo.policies import PolicyStore
+from sipo.preferences import Example
+from tests.fakes import write_policy_set
+
+PLAN = SamplingPlan(
+    sampling_set="demo:1",
+    reward_set="demo:1",
+    weights=[{"a": 0.5, "b": 0.5}],
+    review_weights={"a": 0.5, "b": 0.5},
+    refine=True,
+    samples_per_weight=1,
+    temperature=0.7,
+    seed=3,
+    max_tokens=8,
+    review_max_tokens=8,
+)
+QUEUED = PromptQueued(
+    job="job-1",
+    round=1,
+    prompt="0",
+    example=Example(prompt="x", response_0="n", response_1="y", labels={"a": 1, "b": 0}),
+    plan=PLAN,
+)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    write_policy_set(tmp_path, "demo:1", ["a", "b"])
+    store = PolicyStore(tmp_path)
+    generator = Generator(DecoderClient("http://none"), ReviewerClient("http://none"), store)
+    return Chain(generator, QUEUED, store.get("demo:1"), PLAN.weights[0], "0/0")
+
+
+def test_seeds_differ_by_plan_round_prompt_place_and_stage_only(chain: Chain) -> None:
+    others = [
+        QUEUED.model_copy(update={"prompt": "1"}),
+        QUEUED.model_copy(update={"round": 2}),
+        QUEUED.model_copy(update={"plan": PLAN.model_copy(update={"seed": 4})}),
+    ]
+    chains = [chain, replace(chain, place="0/1"), replace(chain, place="1/0"), *(replace(chain, queued=other) for other in others)]
+    seeds = {one.seed(stage) for one in chains for stage in ("sample", "review", "rewrite")}
+    assert len(seeds) == 3 * len(chains)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert replace(chain, queued=QUEUED.model_copy(update={"job": "job-2"})).seed("sample") == chain.seed("sample")
+
+
+async def test_the_first_error_ends_the_other_chains_and_is_raised_as_it_is() -> None:
+    ended = asyncio.Event()
+
+    async def waits() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise InvalidRequest("too long")
+
+    with pytest.raises(InvalidRequest, match="too long"):
+        await together([waits(), fails()])
+    assert ended.is_set()
+
+
+def test_a_dead_prompt_becomes_a_failed_decision() -> None:
+    stream, decision = as_failed(QUEUED, "invalid_request: too long")
+    assert stream == DECISIONS
+    assert (decision.id, decision.outcome, decision.error) == (QUEUED.id, "failed", "invalid_request: too long")
