@@ -7,6 +7,7 @@ cursor moved, in one step of the queue, so any number of gateways may feed, and 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,12 +97,15 @@ class Feeder:
                     rounds.remove(round_)
 
     async def _open(self, job: Job) -> Round | None:
+        prompts = self._prompts.get(job.id)
         try:
-            prompts = self._prompts.get(job.id) or await asyncio.to_thread(_read, self.folder / job.id / INPUT, job.spec)
+            if prompts is None:
+                prompts = await asyncio.to_thread(_read, self.folder / job.id / INPUT, job.spec)
             if job.total is None:
                 await self.jobs.update(job.id, total=len(prompts))
         except OSError as error:
-            await self.jobs.advance(job.id, job.state, JobState.FAILED, error=f"its input cannot be read: {error}")
+            with suppress(Conflict):
+                await self.jobs.advance(job.id, job.state, JobState.FAILED, error=f"its input cannot be read: {error}")
             return None
         except Conflict:  # it has ended since it was listed
             return None

@@ -50,7 +50,8 @@ def generate(
 
 
 def _only_policy(gateway: Gateway) -> str:
-    names = [model["id"] for model in gateway.get("/v1/models")["data"] if model["objectives"] and ":" not in model["id"]]
+    models = gateway.get("/v1/models")["data"]
+    names: list[str] = [model["id"] for model in models if model["objectives"] and ":" not in model["id"]]
     if len(names) != 1:
         known = f"there are {', '.join(names)}" if names else "there are no policies yet, only `--model base`"
         raise InvalidRequest(f"name a model with --model: {known}")

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from gateway.cli.console import console
 from services.common.job_store import Job
 from services.common.jobs import JobState
+from sipo.training.settings import Progress as Training
 
 LINE_SECONDS = 15.0
 """Off a terminal, at most one line in this time for one stage."""
@@ -23,28 +24,31 @@ def watch_job(fetch: Callable[[], Job], *, every: float = 1.0) -> Job:
 
 def detail(job: Job) -> str:
     """The numbers of the job's present stage in words."""
-    if job.state == JobState.GENERATING and job.total is not None:
-        counts = job.counts
+    if (training := _training(job)) is not None:
         return (
-            f"of {job.total} prompts {counts.sampled} have candidates, {counts.decided} are decided: "
-            f"{counts.accepted} accepted, {counts.none} without a better answer, {counts.failed} failed"
+            f"{training.objective}: step {training.step} of {training.of}, loss {training.loss:.4f}, "
+            f"{training.seconds_left:.0f} s left"
         )
-    return ", ".join(
-        f"{name} {format(value, '.4g') if isinstance(value, float) else value}" for name, value in job.progress.items()
+    if job.state != JobState.GENERATING or job.total is None:
+        return ""
+    counts = job.counts
+    return (
+        f"of {job.total} prompts {counts.sampled} have candidates, {counts.decided} are decided: "
+        f"{counts.accepted} accepted, {counts.none} without a better answer, {counts.failed} failed"
     )
+
+
+def _training(job: Job) -> Training | None:
+    """The trainer's last word on the present run."""
+    training = job.progress and job.state in (JobState.ALIGNING, JobState.TRAINING)
+    return Training.model_validate(job.progress) if training else None
 
 
 def _show_live(fetch: Callable[[], Job], every: float) -> Job:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}"),
-    )
+    words, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
     stage: TaskID | None = None
     state: JobState | None = None
-    with Progress(*columns, console=console) as progress:
+    with Progress(SpinnerColumn(), words, BarColumn(bar_width=20), TimeElapsedColumn(), numbers, console=console) as progress:
         while True:
             job = fetch()
             if job.state != state:
@@ -55,9 +59,10 @@ def _show_live(fetch: Callable[[], Job], every: float) -> Job:
                     return job
                 state, stage = job.state, progress.add_task(f"{job.state:<11}", total=None, detail="")
             assert stage is not None
-            progress.update(
-                stage, total=job.total if state == JobState.GENERATING else None, completed=job.counts.decided, detail=detail(job)
-            )
+            if (training := _training(job)) is not None:
+                progress.update(stage, total=training.of, completed=training.step, detail=detail(job))
+            elif state == JobState.GENERATING:
+                progress.update(stage, total=job.total, completed=job.counts.decided, detail=detail(job))
             time.sleep(every)
 
 

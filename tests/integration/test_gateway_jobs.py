@@ -52,7 +52,7 @@ async def generating(gateway: httpx.AsyncClient, store: JobStore, inputs: list[d
 
 
 async def queued(redis: Redis) -> list[PromptQueued]:
-    return [PromptQueued.model_validate_json(fields["data"]) for _, fields in await redis.xrange(PROMPTS)]
+    return [PromptQueued.model_validate_json(fields["data"]) for _, fields in await redis.xrange(PROMPTS)]  # type: ignore[union-attr,index]
 
 
 async def test_an_uploaded_file_and_inline_examples_make_the_same_job(gateway: httpx.AsyncClient, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ async def test_an_uploaded_file_and_inline_examples_make_the_same_job(gateway: h
         (rows(2), {"review_weights": {"concise": 1}}, 400, "no weight for 'warm'"),
         (rows(0, 3), {}, 400, "0 of 3 conflict"),
         (rows(3), {"examples": "non_conflicting"}, 400, "3 of 3 conflict"),
-        ([], {}, 400, "no"),
+        ([], {}, 400, "empty"),
         (rows(2), {"colour": "red"}, 400, "spec.colour"),
         (rows(2), {"policy": "No Name"}, 400, "spec.policy"),
     ],
@@ -168,7 +168,7 @@ async def test_the_feeder_queues_the_chosen_rows_with_the_jobs_plan(
     gateway: httpx.AsyncClient, redis: Redis, tmp_path: Path
 ) -> None:
     store = JobStore(redis)
-    examples = rows(1, 2) + [{"prompt": "Last?", **CONFLICTING}]
+    examples = [*rows(1, 2), {"prompt": "Last?", **CONFLICTING}]
     job = await generating(gateway, store, examples, seed=7, review_weights={"concise": 1, "warm": 0})
     await Feeder(Queue(redis), store, tmp_path / "jobs").top_up()
     messages = await queued(redis)
@@ -197,7 +197,7 @@ async def test_two_feeders_queue_each_prompt_exactly_once(gateway: httpx.AsyncCl
     feeders = [Feeder(Queue(redis), store, tmp_path / "jobs", pause=0.01) for _ in range(2)]
     running = [asyncio.create_task(feeder.run()) for feeder in feeders]
     async with asyncio.timeout(20):
-        while sum([(await store.get(job.id)).counts.queued for job in jobs]) < 120:
+        while sum([(await store.get(job.id)).counts.queued for job in jobs]) < 120:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.1)
     for task in running:

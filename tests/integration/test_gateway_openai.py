@@ -25,7 +25,7 @@ MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user",
 async def serving(app: FastAPI) -> AsyncIterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
     task = asyncio.create_task(server.serve())
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
@@ -105,7 +105,7 @@ async def test_a_caller_who_leaves_stops_the_decoder(client: openai.AsyncOpenAI,
     decoder.answer = "word " * 100
     asking = asyncio.create_task(_consume(client, stream))
     async with asyncio.timeout(5):
-        while not decoder.bodies:
+        while not decoder.bodies:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.4)
     asking.cancel()

@@ -1,0 +1,29 @@
+"""The command line `sipo`: serve, try out, and work with data, jobs and policies. A module per idea; this one only lists them.
+
+Commands on jobs and answers talk to a running gateway; those on data and policies work on this machine's files.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from gateway.cli import jobs, policies
+from gateway.cli.conflicts import conflicts
+from gateway.cli.console import CommandLine
+from gateway.cli.demo import demo
+from gateway.cli.generate import generate
+from gateway.cli.up import up
+
+app = typer.Typer(
+    cls=CommandLine,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Multi-objective language models: serve any preference weight, improve towards Pareto optimality.",
+    epilog="Settings are environment variables: SIPO_DATA_DIR (~/.sipo), SIPO_MODEL (smollm2-135m), SIPO_REDIS_URL (embedded).",
+)
+app.command()(up)
+app.command()(demo)
+app.command()(generate)
+app.command()(conflicts)
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(policies.app, name="policies")

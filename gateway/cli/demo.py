@@ -1,0 +1,96 @@
+"""`sipo demo`: one round of self-improvement, end to end on the real system; at the end stands what changed."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway.cli import demo_input, demo_results
+from gateway.cli.client import Gateway
+from gateway.cli.console import console
+from gateway.cli.demo_input import DemoInput
+from gateway.cli.jobs import submit_file
+from gateway.cli.progress import watch_job
+from gateway.cli.up import announce
+from gateway.settings import GatewaySettings
+from services.common.job_store import Job
+from services.common.jobs import JobState
+from services.common.processes import free_ports
+from services.common.reports import Report
+from services.common.settings import load
+from services.common.stack import stack_specs
+from services.common.supervisor import Supervisor
+from sipo.errors import InvalidRequest, NotFound
+
+
+def demo(
+    data: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="JSONL in our schema. Default: bundled.")] = None,
+    objectives: Annotated[str | None, typer.Option(help="With --data: a,b. Default: all labels of the file.")] = None,
+    max_pairs: Annotated[int, typer.Option(min=1, help="With --data: training pairs per objective for the first policies.")] = 160,
+) -> None:
+    """Run one SIPO round on 16 conflicting prompts with the whole system, and print what came of it.
+
+    Starts everything on free ports, posts a job to the gateway, and stops everything at the end. With --data one policy per
+    objective is aligned first. Exits 1 if no prompt gave a pair.
+
+    Examples:
+
+      sipo demo
+
+      sipo demo --data pairs.jsonl --objectives quality,conciseness --max-pairs 160
+    """
+    began = time.monotonic()
+    settings = load(GatewaySettings).model_copy(update={"host": "127.0.0.1"})
+    if data is None and objectives is not None:
+        raise InvalidRequest("--objectives goes with --data: the bundled data has its own")
+    names = objectives and [name.strip() for name in objectives.split(",")]
+    source = demo_input.own_input(settings, data, names or None, max_pairs) if data else demo_input.bundled_input(settings)
+    console.print(
+        f"conflicts found: {source.conflicting} of {source.offered} examples conflict on {', '.join(source.objectives)}; "
+        f"the round runs on {min(source.conflicting, demo_input.PROMPTS)} of them"
+    )
+    job = asyncio.run(_run(settings, source))
+    console.print(f"wall time: {time.monotonic() - began:.0f} s")
+    if job.state != JobState.COMPLETED or not job.counts.accepted:
+        raise typer.Exit(1)
+
+
+async def _run(settings: GatewaySettings, source: DemoInput) -> Job:
+    [port] = free_ports(1)
+    specs = stack_specs(settings, gateway_port=port)
+    url = f"http://{settings.host}:{port}"
+    async with Supervisor(specs, settings.data_dir, on_progress=announce(specs, f"the system runs at {url}")) as system:
+        # The round is watched with blocking calls, beside the supervisor that keeps the processes.
+        round_ = asyncio.create_task(asyncio.to_thread(_round, Gateway(url), settings, source))
+        stopped = asyncio.create_task(system.wait())
+        await asyncio.wait({round_, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not round_.done():
+            stopped.result()  # raises what ended the system
+        stopped.cancel()
+        return await round_
+
+
+def _round(gateway: Gateway, settings: GatewaySettings, source: DemoInput) -> Job:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "examples.jsonl"
+        file.write_text("".join(f"{example.model_dump_json()}\n" for example in source.examples))
+        job = submit_file(gateway, source.spec, file)
+    console.print(f"posted as {job.id}")
+    job = watch_job(lambda: gateway.job(job.id))
+    try:
+        demo_results.show_report(Report.model_validate(gateway.get(f"/v1/jobs/{job.id}/report")))
+    except NotFound:  # it failed before there was anything to report
+        console.print(f"logs: {settings.data_dir / 'logs'}")
+    if job.error:
+        console.print(f"{job.id} {job.state}: {job.error}", style="red", markup=False)
+    if job.policy_set:
+        prompt = next(example.prompt for example in source.examples if example.conflicting(source.objectives))
+        demo_results.show_answers(gateway, job.policy_set, source.objectives, prompt)
+    console.print(f"\nartifacts: {settings.data_dir / 'jobs' / job.id} (decisions, report, training runs)")
+    console.print(f"policies:  {settings.data_dir / 'policies' / job.spec.policy}")
+    return job

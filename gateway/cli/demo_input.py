@@ -1,0 +1,107 @@
+"""What the demo runs on: the bundled data set with the shipped policies, or any file in our schema with policies yet to align."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from gateway.cli.console import console
+from services.common.jobs import JobSpec
+from services.common.settings import CommonSettings
+from sipo.datasets import bundled_examples, read_source
+from sipo.errors import InvalidRequest
+from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
+from sipo.policies import BaseModelRef, Draft, Manifest, PolicySet, PolicyStore
+from sipo.preferences import Example
+from sipo.prompts import PromptFormat
+
+PROMPTS = 16
+MAX_PROMPT_TOKENS = 256
+HELD_OUT: tuple[Literal["test"], Literal["validation"]] = ("test", "validation")
+
+
+@dataclass(frozen=True)
+class DemoInput:
+    """What is posted to the gateway; `conflicting` of the examples offered conflict."""
+
+    examples: list[Example]
+    objectives: list[str]
+    spec: JobSpec
+    offered: int
+    conflicting: int
+
+
+def bundled_input(settings: CommonSettings) -> DemoInput:
+    """Conflicting prompts that the shipped policies were not trained on. Those policies are current afterwards."""
+    if settings.model != BUNDLED_MODEL:
+        raise InvalidRequest(f"the shipped policies belong to {BUNDLED_MODEL}: leave SIPO_MODEL unset, or give --data")
+    shipped = _publish_shipped(settings)
+    held_out = [example for split in HELD_OUT for example in bundled_examples(split)]
+    conflicting = [example for example in held_out if example.conflicting(shipped.objectives)]
+    spec = JobSpec(policy=shipped.manifest.name, objectives=shipped.objectives, max_prompts=PROMPTS, activate=True)
+    return DemoInput(conflicting[:PROMPTS], shipped.objectives, spec, len(held_out), len(conflicting))
+
+
+def _publish_shipped(settings: CommonSettings) -> PolicySet:
+    """The set in the store that has the shipped adapters, published if there is none yet; made current."""
+    folder = Path(str(files("sipo"))) / "data" / "policies" / "demo"
+    shipped = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    store = PolicyStore(settings.data_dir / "policies")
+    base = resolve_model(settings.model, settings.cache_dir)
+    here = BaseModelRef(name=settings.model, sha256=model_sha256(base, settings.cache_dir))
+    for known in store.sets():
+        if known.manifest.adapters == shipped.adapters and known.manifest.base == here:
+            return store.activate(known.id)
+    fields = {name: getattr(shipped, name) for name in Draft.model_fields} | {"base": here}
+    return store.publish(Draft(**fields), {name: folder / name for name in shipped.objectives}, base, activate=True)
+
+
+def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None, max_pairs: int) -> DemoInput:
+    """The rows to train on, conflicting ones among them as the round's prompts. Prints what is left out.
+
+    Policies that an earlier run aligned on the same rows are made current again, so that the round starts from them.
+    """
+    examples, left_out = _usable(settings, path)
+    for reason, count in left_out.items():
+        console.print(f"left out: {count} rows {reason}")
+    objectives = objectives or list(dict.fromkeys(name for example in examples for name in example.labels))
+    conflicting = sum(example.conflicting(objectives) for example in examples)
+    if not conflicting:
+        raise InvalidRequest(f"none of the {len(examples)} rows of {path} conflicts on {', '.join(objectives)}")
+    key = json.dumps([objectives, max_pairs, settings.model, *(example.model_dump() for example in examples)])
+    stem = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:40]
+    name = f"demo-{stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    store = PolicyStore(settings.data_dir / "policies")
+    if aligned := [known for known in store.sets() if known.manifest.name == name and known.manifest.round == 0]:
+        console.print(f"policies: {store.activate(aligned[0].id).id}, aligned by an earlier run")
+    spec = JobSpec(policy=name, objectives=objectives, max_prompts=PROMPTS, activate=True)
+    alignment = spec.alignment.model_copy(update={"max_pairs": max_pairs, "max_prompt_tokens": MAX_PROMPT_TOKENS})
+    spec = spec.model_copy(update={"alignment": alignment})
+    return DemoInput(examples, objectives, spec, len(examples), conflicting)
+
+
+def _usable(settings: CommonSettings, path: Path) -> tuple[list[Example], Counter[str]]:
+    """The rows for training and generating, and why how many others are left out."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(settings.model, settings.cache_dir))
+    prompt_format = PromptFormat.of(tokenizer)
+    reading = read_source(path)
+    # A row is an example, unless HelpSteer's rows were joined: those have no split.
+    lines = [line for line in path.read_text().splitlines() if line.strip()] if reading.format != "helpsteer" else []
+    splits = [json.loads(line).get("split") for line in lines] or [None] * len(reading.examples)
+    examples, left_out = [], Counter(reading.left_out)
+    for split, example in zip(splits, reading.examples, strict=True):
+        if split in HELD_OUT:
+            left_out["held out by their `split`"] += 1
+        elif len(prompt_format.prompt_ids(example.prompt, tokenizer)) > MAX_PROMPT_TOKENS:
+            left_out[f"with a prompt of more than {MAX_PROMPT_TOKENS} tokens"] += 1
+        else:
+            examples.append(example)
+    return examples, left_out

@@ -1,0 +1,65 @@
+"""What came of the demo's round, in print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from gateway.cli.client import Gateway
+from gateway.cli.console import console
+from services.common.reports import Report
+from sipo.preferences import format_weights, one_hot_weights, uniform_weights
+from sipo.training.settings import TrainMetrics
+
+
+def show_report(report: Report) -> None:
+    funnel = report.funnel
+    console.print(f"\ncandidates made: {funnel.candidates} for {funnel.prompts} prompts ({funnel.failed} prompts failed)")
+    for rule, count in funnel.rejected.items():
+        console.print(f"  rejected as {rule.replace('_', ' ')}: {count}")
+    console.print(f"accepted: {funnel.accepted} of {funnel.prompts} prompts, which make {funnel.pairs} pairs")
+    if report.ground_truth:
+        table = Table("ground truth of accepted prompts", "response_0", "response_1", "new answer", box=None, header_style="bold")
+        for objective, means in report.ground_truth.items():
+            table.add_row(objective, *(f"{mean:.3f}" for mean in (means.response_0, means.response_1, means.accepted)))
+        console.print(table)
+    _show_training("first alignment", report.alignment)
+    _show_training("training on the pairs", report.training)
+    if report.policy_set:
+        done = "activated" if report.activated else "published"
+        console.print(f"policy set {report.policy_set} {done}, made from {report.sampling_set}")
+
+
+def _show_training(title: str, metrics: Mapping[str, TrainMetrics]) -> None:
+    """Loss, and accuracy of implicit rewards, on the validation pairs."""
+    if not metrics:
+        return
+    columns = ("pairs", "steps", "loss before", "after", "accuracy before", "after", "seconds")
+    table = Table(title, *columns, box=None, header_style="bold")
+    for objective, run in metrics.items():
+        figures = (run.before.loss, run.after.loss, run.before.accuracy, run.after.accuracy)
+        table.add_row(objective, str(run.pairs), str(run.steps), *(f"{figure:.3f}" for figure in figures), f"{run.seconds:.0f}")
+        if run.prompts_too_long or run.identical or run.responses_cut:
+            console.print(
+                f"{objective}: left out {run.prompts_too_long} pairs with long prompts and {run.identical} identical ones, "
+                f"cut {run.responses_cut} responses"
+            )
+    console.print(table)
+
+
+def show_answers(gateway: Gateway, policy_set: str, objectives: Sequence[str], prompt: str) -> None:
+    """The same question at three preference weights."""
+    console.print(f"\n{policy_set} at three preference weights, asked: {prompt}", markup=False)
+    first, second = objectives[:2]
+    for weights in (one_hot_weights(first, objectives), uniform_weights(objectives), one_hot_weights(second, objectives)):
+        body = {
+            "model": policy_set,
+            "preference_weights": weights,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": 128,
+        }
+        answer = gateway.post("/v1/chat/completions", json=body)["choices"][0]["message"]["content"]
+        console.print(f"[bold]{format_weights(weights)}[/bold]: ", end="")
+        console.print(answer.strip(), markup=False)

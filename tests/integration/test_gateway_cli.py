@@ -1,0 +1,143 @@
+"""The commands that talk to a gateway, against a real one with a fake decoder behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from redis.asyncio import Redis
+from typer.testing import CliRunner, Result
+
+from gateway.app import create_app
+from gateway.cli import app
+from gateway.settings import GatewaySettings
+from services.common.job_store import JobStore
+from services.common.jobs import JobState
+from services.common.queue import connect
+from tests.fakes import FakeDecoder, write_policy_set
+
+
+@pytest.fixture
+def decoder() -> FakeDecoder:
+    return FakeDecoder()
+
+
+@pytest.fixture
+def url(tmp_path: Path, redis_url: str, redis: Redis, decoder: FakeDecoder) -> Iterator[str]:
+    """A gateway in a thread of its own: the commands block."""
+    write_policy_set(tmp_path / "policies", "demo:1", ["concise", "warm"], current=True)
+    upstream = httpx.AsyncClient(transport=httpx.ASGITransport(decoder.app), base_url="http://decoder")
+    gateway = create_app(GatewaySettings(data_dir=tmp_path), upstream, connect(redis_url))
+    server = uvicorn.Server(uvicorn.Config(gateway, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def sipo(url: str, *args: str) -> Result:
+    return CliRunner().invoke(app, args, env={"SIPO_GATEWAY_URL": url})
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    row = {"response_0": "a", "response_1": "b", "labels": {"concise": 0, "warm": 1}}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}?", **row}) + "\n" for i in range(3)))
+    return path
+
+
+def test_generate_streams_the_answer_of_the_only_policy(url: str, decoder: FakeDecoder) -> None:
+    result = sipo(url, "generate", "-w", "concise=0.7,warm=0.3", "How do I boil an egg?")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == decoder.answer
+    assert "demo:1 at concise=0.7,warm=0.3" in result.stderr
+    assert decoder.bodies[0]["stream"] is True
+    assert decoder.bodies[0]["preference_weights"] == pytest.approx({"concise": 0.7, "warm": 0.3})
+
+
+def test_generate_tells_a_wrong_weight_in_one_sentence(url: str) -> None:
+    result = sipo(url, "generate", "-w", "concise=0.7,warm=0.7", "How?")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "sum to 1.4" in result.stderr
+
+
+def test_generate_names_the_models_when_there_are_several(url: str, tmp_path: Path) -> None:
+    write_policy_set(tmp_path / "policies", "other:1", ["concise", "warm"], current=True)
+    result = sipo(url, "generate", "How?")
+    assert result.exit_code == 2
+    assert "demo, other" in result.stderr
+
+
+def test_a_job_is_submitted_listed_shown_and_cancelled(url: str, pairs: Path) -> None:
+    submitted = sipo(url, "jobs", "submit", str(pairs), "--policy", "demo", "--max-prompts", "2", "--stop-after-pairs")
+    assert submitted.exit_code == 0, submitted.output
+    job = submitted.stdout.strip()
+    assert job in sipo(url, "jobs", "list").stdout
+    shown = json.loads(sipo(url, "jobs", "show", job).stdout)
+    assert (shown["state"], shown["spec"]["max_prompts"], shown["spec"]["stop_after"]) == ("queued", 2, "pairs")
+    assert "cancelled" in sipo(url, "jobs", "cancel", job).stdout
+    watched = sipo(url, "jobs", "watch", job)
+    assert watched.exit_code == 1
+    assert "cancelled" in watched.stdout
+
+
+def test_a_specification_file_is_overridden_by_options(url: str, pairs: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "job.yaml"
+    spec.write_text("policy: demo\nseed: 5\nmax_prompts: 1\ntraining: {epochs: 2}\n")
+    job = sipo(url, "jobs", "submit", str(pairs), "--spec", str(spec), "--max-prompts", "3").stdout.strip()
+    shown = json.loads(sipo(url, "jobs", "show", job).stdout)["spec"]
+    assert (shown["seed"], shown["max_prompts"], shown["training"]["epochs"]) == (5, 3, 2)
+
+
+def test_a_bad_line_is_named_and_no_job_is_made(url: str, pairs: Path) -> None:
+    with pairs.open("a") as file:
+        file.write("{}\n")
+    result = sipo(url, "jobs", "submit", str(pairs), "--policy", "demo")
+    assert result.exit_code == 2
+    assert "line 4" in result.stderr
+    assert "no jobs yet" in sipo(url, "jobs", "list").stdout
+
+
+def test_watch_tells_each_stage_once_until_the_job_has_completed(url: str, redis_url: str, pairs: Path) -> None:
+    job = sipo(url, "jobs", "submit", str(pairs), "--policy", "demo").stdout.strip()
+
+    async def play_the_trainer() -> None:
+        client = connect(redis_url)
+        store = JobStore(client)
+        for before, after in pairwise(["queued", "generating", "training", "evaluating", "publishing", "completed"]):
+            await asyncio.sleep(1.3)
+            sets = {"sampling_set": "demo:1", "reward_set": "demo:1", "policy_set": "demo:2"}
+            await store.advance(job, JobState(before), JobState(after), **sets)
+        await client.aclose()
+
+    trainer = threading.Thread(target=asyncio.run, args=(play_the_trainer(),))
+    trainer.start()
+    result = sipo(url, "jobs", "watch", job)
+    trainer.join()
+    assert result.exit_code == 0, result.output
+    stages = [line.split()[2] for line in result.stdout.splitlines() if " s  " in line]
+    assert stages[-1] == "completed"
+    assert stages == list(dict.fromkeys(stages))
+    assert {"queued", "generating", "training"} <= set(stages)
+    assert result.stdout.splitlines()[-1] == f"{job} completed: demo:2"
+
+
+def test_without_a_gateway_every_command_says_how_to_start_one() -> None:
+    for command in (["generate", "How?"], ["jobs", "list"], ["jobs", "show", "x"]):
+        result = sipo("http://127.0.0.1:9", *command)
+        assert result.exit_code == 1
+        assert "sipo up" in result.stderr
+        assert "Traceback" not in result.output
