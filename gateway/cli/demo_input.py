@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gateway.cli.console import console
 from services.common.jobs import JobSpec
@@ -20,6 +20,9 @@ from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
 from sipo.policies import BaseModelRef, Draft, Manifest, PolicySet, PolicyStore
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPTS = 16
 MAX_PROMPT_TOKENS = 256
@@ -63,13 +66,13 @@ def _publish_shipped(settings: CommonSettings) -> PolicySet:
 
 
 def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None, max_pairs: int) -> DemoInput:
-    """The rows to train on, conflicting ones among them as the round's prompts. Prints what is left out.
+    """The rows to train on, conflicting ones among them as the round's prompts. Long prompts are cut; prints what is left out.
 
     Policies that an earlier run aligned on the same rows are made current again, so that the round starts from them.
     """
     examples, left_out = _usable(settings, path)
     for reason, count in left_out.items():
-        console.print(f"left out: {count} rows {reason}")
+        console.print(f"left out: {count} {reason}")
     objectives = objectives or list(dict.fromkeys(name for example in examples for name in example.labels))
     conflicting = sum(example.conflicting(objectives) for example in examples)
     if not conflicting:
@@ -87,7 +90,7 @@ def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None
 
 
 def _usable(settings: CommonSettings, path: Path) -> tuple[list[Example], Counter[str]]:
-    """The rows for training and generating, and why how many others are left out."""
+    """The rows for training and generating, and what was left out of them, counted."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(settings.model, settings.cache_dir))
@@ -96,12 +99,27 @@ def _usable(settings: CommonSettings, path: Path) -> tuple[list[Example], Counte
     # A row is an example, unless HelpSteer's rows were joined: those have no split.
     lines = [line for line in path.read_text().splitlines() if line.strip()] if reading.format != "helpsteer" else []
     splits = [json.loads(line).get("split") for line in lines] or [None] * len(reading.examples)
-    examples, left_out = [], Counter(reading.left_out)
+    examples, left_out = [], Counter({f"rows: {reason}": count for reason, count in reading.left_out.items()})
     for split, example in zip(splits, reading.examples, strict=True):
         if split in HELD_OUT:
-            left_out["held out by their `split`"] += 1
-        elif len(prompt_format.prompt_ids(example.prompt, tokenizer)) > MAX_PROMPT_TOKENS:
-            left_out[f"with a prompt of more than {MAX_PROMPT_TOKENS} tokens"] += 1
-        else:
-            examples.append(example)
+            left_out["rows: their `split` holds them out of training"] += 1
+            continue
+        prompt = cut_middle(example.prompt, prompt_format, tokenizer)
+        if prompt != example.prompt:
+            left_out[f"prompts' middles: they had more than {MAX_PROMPT_TOKENS} tokens"] += 1
+        examples.append(example.model_copy(update={"prompt": prompt}))
     return examples, left_out
+
+
+def cut_middle(prompt: str, prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt within MAX_PROMPT_TOKENS, what the format adds included. Instructions stand at the beginning or at the end of a
+    prompt, so both are kept."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    shorter, keep = prompt, len(ids)
+    while (excess := len(prompt_format.prompt_ids(shorter, tokenizer)) - MAX_PROMPT_TOKENS) > 0:
+        keep -= excess
+        if keep < 2:
+            raise InvalidRequest(f"the prompt format of this model alone takes {MAX_PROMPT_TOKENS} tokens or more")
+        begin, end = ids[: keep // 2], ids[-(keep - keep // 2) :]
+        shorter = f"{tokenizer.decode(begin)} … {tokenizer.decode(end)}"
+    return shorter

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from gateway.cli.demo_input import MAX_PROMPT_TOKENS, own_input
 from gateway.cli.demo_results import show_report
@@ -14,6 +15,7 @@ from services.common.reports import Funnel, GroundTruth, Report
 from services.common.settings import CommonSettings
 from sipo.errors import InvalidData, InvalidRequest
 from sipo.policies import PolicyStore
+from sipo.prompts import PromptFormat
 from sipo.training.settings import Measure, TrainMetrics
 from tests.fakes import write_policy_set
 
@@ -31,19 +33,25 @@ def settings(data_dir: Path, tiny_base: Path) -> CommonSettings:
     return CommonSettings(data_dir=data_dir, model=str(tiny_base))
 
 
-def test_held_out_rows_and_long_prompts_are_left_out_and_counted(
-    settings: CommonSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_held_out_rows_are_left_out_and_long_prompts_cut_and_both_are_counted(
+    settings: CommonSettings, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long, agreeing = {"prompt": "x" * MAX_PROMPT_TOKENS}, {"labels": {"a": 1, "b": 1}}
+    long, agreeing = {"prompt": "Begin" + "x" * MAX_PROMPT_TOKENS + "end?"}, {"labels": {"a": 1, "b": 1}}
     rows = [{"split": "train"}, {"split": "test"}, {"split": "validation"}, long, agreeing]
     source = own_input(settings, write(tmp_path / "My Data.jsonl", *rows), None, max_pairs=7)
-    assert [example.prompt for example in source.examples] == ["0?", "4?"]
-    assert (source.offered, source.conflicting, source.objectives) == (2, 1, ["a", "b"])
+    prompts = [example.prompt for example in source.examples]
+    assert (prompts[0], prompts[2]) == ("0?", "4?")
+    assert prompts[1].startswith("Begin")
+    assert prompts[1].endswith("end?")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokens = len(PromptFormat.of(tokenizer).prompt_ids(prompts[1], tokenizer))
+    assert MAX_PROMPT_TOKENS - 10 < tokens <= MAX_PROMPT_TOKENS
+    assert (source.offered, source.conflicting, source.objectives) == (3, 2, ["a", "b"])
     assert source.spec.policy.startswith("demo-my-data-")
     assert (source.spec.alignment.max_pairs, source.spec.max_prompts, source.spec.activate) == (7, 16, True)
     printed = capsys.readouterr().out
-    assert "left out: 2 rows held out" in printed
-    assert "left out: 1 rows with a prompt of more than 256 tokens" in printed
+    assert "left out: 2 rows: their `split` holds them out" in printed
+    assert "left out: 1 prompts' middles: they had more than 256 tokens" in printed
 
 
 def test_a_second_run_starts_from_the_policies_that_the_first_one_aligned(settings: CommonSettings, tmp_path: Path) -> None:
