@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import httpx
 from fastapi import FastAPI, Request
@@ -26,15 +26,16 @@ from sipo.policies import PolicyStore
 def create_app(settings: GatewaySettings, decoder: httpx.AsyncClient, redis: Redis) -> FastAPI:
     """`decoder` has the decoder's base URL; both clients are closed when the application ends."""
     job_store = JobStore(redis)
-    feeder = Feeder(Queue(redis), job_store, settings.data_dir / "jobs")
+    queue = Queue(redis)
+    feeder = Feeder(queue, job_store, settings.data_dir / "jobs")
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        feeding = asyncio.create_task(feeder.run())
+        beside = [asyncio.create_task(feeder.run()), asyncio.create_task(queue.tend())]
         yield
-        feeding.cancel()
-        with suppress(asyncio.CancelledError):
-            await feeding
+        for task in beside:
+            task.cancel()
+        await asyncio.wait(beside)
         await decoder.aclose()
         await redis.aclose()
 

@@ -21,7 +21,7 @@ from services.common import app as common
 from services.common import logging
 from services.common.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient
 from services.common.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, connect, each
+from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, connect, consuming, each
 from services.common.settings import load
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights
@@ -159,9 +159,11 @@ def create_app(settings: WorkerSettings, redis: Redis, decoder: DecoderClient, r
             await stack.enter_async_context(decoder)
             await stack.enter_async_context(reviewer)
             # One consumer a prompt, so that a prompt that is done makes room for the next at once.
-            for _place in range(settings.worker_prompts):
-                consumer = Consumer(redis, PROMPTS, model=PromptQueued, batch=1, on_dead=as_failed)
-                await stack.enter_async_context(consumer.running(each(make_candidates)))
+            consumers = [
+                Consumer(redis, PROMPTS, model=PromptQueued, batch=1, on_dead=as_failed)
+                for _place in range(settings.worker_prompts)
+            ]
+            await stack.enter_async_context(consuming(consumers, each(make_candidates)))
             yield
 
     async def ready() -> str | None:
