@@ -67,7 +67,7 @@ async def _run(settings: GatewaySettings, source: DemoInput) -> Job:
     async with Supervisor(specs, settings.data_dir, on_progress=announce(specs, f"the system runs at {url}")) as system:
         # The round is watched with blocking calls, beside the supervisor that keeps the processes.
         round_ = asyncio.create_task(asyncio.to_thread(_round, Gateway(url), settings, source))
-        # If the system ends first, by Ctrl-C or a failure, the round can only add that the gateway is gone: nobody needs to hear it.
+        # If the system ends first, by Ctrl-C or a failure, the round can only add that the gateway is gone: nobody hears it.
         round_.add_done_callback(lambda task: task.cancelled() or task.exception())
         ended = asyncio.create_task(system.wait())
         await asyncio.wait({round_, ended}, return_when=asyncio.FIRST_COMPLETED)
