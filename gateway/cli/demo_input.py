@@ -7,17 +7,17 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gateway.cli.console import console
+from gateway.shipped import publish_shipped
 from services.common.jobs import JobSpec
 from services.common.settings import CommonSettings
 from sipo.datasets import bundled_examples, read_source
 from sipo.errors import InvalidRequest
-from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
-from sipo.policies import BaseModelRef, Draft, Manifest, PolicySet, PolicyStore
+from sipo.models import resolve_model
+from sipo.policies import PolicyStore
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
 
@@ -42,27 +42,12 @@ class DemoInput:
 
 def bundled_input(settings: CommonSettings) -> DemoInput:
     """Conflicting prompts that the shipped policies were not trained on. Those policies are current afterwards."""
-    if settings.model != BUNDLED_MODEL:
-        raise InvalidRequest(f"the shipped policies belong to {BUNDLED_MODEL}: leave SIPO_MODEL unset, or give --data")
-    shipped = _publish_shipped(settings)
+    shipped = publish_shipped(settings)
+    PolicyStore(settings.data_dir / "policies").activate(shipped.id)
     held_out = [example for split in HELD_OUT for example in bundled_examples(split)]
     conflicting = [example for example in held_out if example.conflicting(shipped.objectives)]
     spec = JobSpec(policy=shipped.manifest.name, objectives=shipped.objectives, max_prompts=PROMPTS, activate=True)
     return DemoInput(conflicting[:PROMPTS], shipped.objectives, spec, len(held_out), len(conflicting))
-
-
-def _publish_shipped(settings: CommonSettings) -> PolicySet:
-    """The set in the store that has the shipped adapters, published if there is none yet; made current."""
-    folder = Path(str(files("sipo"))) / "data" / "policies" / "demo"
-    shipped = Manifest.model_validate_json((folder / "manifest.json").read_text())
-    store = PolicyStore(settings.data_dir / "policies")
-    base = resolve_model(settings.model, settings.cache_dir)
-    here = BaseModelRef(name=settings.model, sha256=model_sha256(base, settings.cache_dir))
-    for known in store.sets():
-        if known.manifest.adapters == shipped.adapters and known.manifest.base == here:
-            return store.activate(known.id)
-    fields = {name: getattr(shipped, name) for name in Draft.model_fields} | {"base": here}
-    return store.publish(Draft(**fields), {name: folder / name for name in shipped.objectives}, base, activate=True)
 
 
 def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None, max_pairs: int) -> DemoInput:

@@ -9,9 +9,11 @@ import typer
 
 from gateway.cli.console import console
 from gateway.settings import GatewaySettings
+from gateway.shipped import publish_shipped
 from services.common.settings import load
 from services.common.stack import stack_specs
 from services.common.supervisor import ProcessSpec, Supervisor
+from sipo.models import BUNDLED_MODEL
 
 
 def up(
@@ -27,6 +29,8 @@ def up(
     """
     settings = load(GatewaySettings)
     port = port or settings.gateway_port
+    if settings.model == BUNDLED_MODEL:
+        publish_shipped(settings)
     specs = stack_specs(settings, gateway_port=port)
     tell = announce(specs, f"serving at http://{settings.host}:{port}/v1 (Ctrl-C stops); logs in {settings.data_dir / 'logs'}")
     Supervisor(specs, settings.data_dir, on_progress=tell).run()

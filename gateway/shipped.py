@@ -1,0 +1,32 @@
+"""The policies that ship with the project for the bundled model: put into a store, so that a fresh system has something to serve."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from services.common.settings import CommonSettings
+from sipo.errors import InvalidRequest
+from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
+from sipo.policies import BaseModelRef, Draft, Manifest, PolicySet, PolicyStore
+
+FOLDER = Path(str(files("sipo"))) / "data" / "policies" / "demo"
+
+
+def publish_shipped(settings: CommonSettings) -> PolicySet:
+    """The set in the store that has the shipped adapters, published and made current if there is none yet.
+
+    Raises InvalidRequest if the system runs another base model.
+    """
+    if settings.model != BUNDLED_MODEL:
+        raise InvalidRequest(f"the shipped policies belong to {BUNDLED_MODEL}: leave SIPO_MODEL unset, or give your own data")
+    shipped = Manifest.model_validate_json((FOLDER / "manifest.json").read_text())
+    store = PolicyStore(settings.data_dir / "policies")
+    base = resolve_model(settings.model, settings.cache_dir)
+    here = BaseModelRef(name=settings.model, sha256=model_sha256(base, settings.cache_dir))
+    for known in store.sets():
+        if known.manifest.adapters == shipped.adapters and known.manifest.base == here:
+            return known
+    fields = {name: getattr(shipped, name) for name in Draft.model_fields} | {"base": here}
+    adapters = {name: FOLDER / name for name in shipped.objectives}
+    return store.publish(Draft(**fields), adapters, base, activate=store.current(shipped.name) is None)
