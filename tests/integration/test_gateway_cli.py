@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -19,8 +17,6 @@ from typer.testing import CliRunner, Result
 from gateway.app import create_app
 from gateway.cli import app
 from gateway.settings import GatewaySettings
-from services.common.job_store import JobStore
-from services.common.jobs import JobState
 from services.common.queue import connect
 from tests.fakes import FakeDecoder, write_policy_set
 
@@ -109,30 +105,6 @@ def test_a_bad_line_is_named_and_no_job_is_made(url: str, pairs: Path) -> None:
     assert result.exit_code == 2
     assert "line 4" in result.stderr
     assert "no jobs yet" in sipo(url, "jobs", "list").stdout
-
-
-def test_watch_tells_each_stage_once_until_the_job_has_completed(url: str, redis_url: str, pairs: Path) -> None:
-    job = sipo(url, "jobs", "submit", str(pairs), "--policy", "demo").stdout.strip()
-
-    async def play_the_trainer() -> None:
-        client = connect(redis_url)
-        store = JobStore(client)
-        for before, after in pairwise(["queued", "generating", "training", "evaluating", "publishing", "completed"]):
-            await asyncio.sleep(1.3)
-            sets = {"sampling_set": "demo:1", "reward_set": "demo:1", "policy_set": "demo:2"}
-            await store.advance(job, JobState(before), JobState(after), **sets)
-        await client.aclose()
-
-    trainer = threading.Thread(target=asyncio.run, args=(play_the_trainer(),))
-    trainer.start()
-    result = sipo(url, "jobs", "watch", job)
-    trainer.join()
-    assert result.exit_code == 0, result.output
-    stages = [line.split()[2] for line in result.stdout.splitlines() if " s  " in line]
-    assert stages[-1] == "completed"
-    assert stages == list(dict.fromkeys(stages))
-    assert {"queued", "generating", "training"} <= set(stages)
-    assert result.stdout.splitlines()[-1] == f"{job} completed: demo:2"
 
 
 def test_without_a_gateway_every_command_says_how_to_start_one() -> None:
