@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 
 from sipo.datasets import conflict_report
 from sipo.evaluation.ground_truth import REWARDS
-from sipo.models import BUNDLED_MODEL, resolve_model, write_atomically
+from sipo.models import BUNDLED_MODEL, resolve_model
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
 
@@ -37,6 +37,7 @@ TOP_K = 40
 # Two responses must be whole and differ by this much on both objectives. Otherwise the prompt gets two new ones, of the second
 # pair of styles, until so many attempts have failed: then it is left out.
 CLEAR = 0.03
+MIN_WORDS = 5
 ATTEMPTS = 3
 
 
@@ -157,7 +158,8 @@ def make_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
 
 
 def clear(row: dict[str, Any]) -> bool:
-    whole = all(row[key].count("(") == row[key].count(")") for key in ("response_0", "response_1"))
+    texts = (row["response_0"], row["response_1"])
+    whole = all(len(text.split()) >= MIN_WORDS and text.count("(") == text.count(")") for text in texts)
     return whole and all(abs(first - second) >= CLEAR for first, second in row["scores"].values())
 
 
@@ -212,7 +214,7 @@ def main() -> None:
     prompts = (FOLDER / "prompts.txt").read_text(encoding="utf-8").splitlines()
     model, tokenizer = load_model()
     rows = make_rows(model, tokenizer, prompts)
-    write_atomically(FOLDER / "train.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    (FOLDER / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     print(*figures(tokenizer, rows), sep="\n", flush=True)
     if wants.headroom:
         print(headroom(model, tokenizer, rows))

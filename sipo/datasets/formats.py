@@ -57,6 +57,10 @@ def examples_of(rows: Iterable[tuple[int, Row]]) -> Reading:
 
 
 def _example(line: int, row: Row) -> Example:
+    labels = row.get("labels")
+    if isinstance(labels, Mapping):
+        # Columnar files give every row the same keys: a null is a label that is absent.
+        row = {**row, "labels": {name: label for name, label in labels.items() if label is not None}}
     try:
         return Example.model_validate(row)
     except ValidationError as error:
@@ -85,7 +89,7 @@ def _short(value: object) -> str:
 
 def _from_safe_rlhf(line: int, row: Row) -> Example:
     """Response ids are labels already; a column that is absent or null leaves its objective unlabelled."""
-    labels = {objective: row[column] for column, objective in SAFETY_LABELS.items() if row.get(column) is not None}
+    labels = {objective: row.get(column) for column, objective in SAFETY_LABELS.items()}
     return _example(line, {**row, "labels": labels})
 
 
