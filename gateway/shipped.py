@@ -1,4 +1,4 @@
-"""The policies that ship with the project for the bundled model: put into a store, so that a fresh system has something to serve."""
+"""The policies that ship with the project for the bundled model: published at the first start, so there is something to serve."""
 
 from __future__ import annotations
 
