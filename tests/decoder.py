@@ -27,7 +27,7 @@ START_SECONDS = 900
 """A decoder starts in about half a minute on an idle machine; test machines are not idle."""
 
 
-def random_adapter(base: Path, folder: Path, *, seed: int, rank: int, scale: float = 0.03) -> Path:
+def random_adapter(base: Path, folder: Path, *, seed: int, rank: int, scale: float = 0.2) -> Path:
     """A PEFT adapter on q, k, v and o with both halves random: large enough to change most answers."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
