@@ -30,7 +30,7 @@ from sipo.training.settings import ADAPTER, METRICS, PAIRS, TrainMetrics, TrainR
 
 OBJECTIVES = ["concise", "warm"]
 TARGET = Path(__file__).parents[1] / "sipo" / "data" / "policies" / "demo"
-SETTINGS = TrainSettings(epochs=2, learning_rate=5e-4, alpha=0, lora_rank=8, lora_alpha=16)
+SETTINGS = TrainSettings(learning_rate=5e-4, batch_size=4, alpha=0, lora_rank=8, lora_alpha=16, max_pairs=144)
 
 
 def main(folder: Path) -> None:
