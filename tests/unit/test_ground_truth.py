@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from sipo.datasets import bundled_examples
@@ -77,8 +79,9 @@ def test_rewards_stay_between_0_and_1_and_rarely_tie() -> None:
     examples = bundled_examples()
     for reward in REWARDS.values():
         scores = [reward(row.prompt, text) for row in examples for text in (row.response_0, row.response_1)]
-        assert all(0 <= score <= 1 for score in scores)
-        assert len({round(score, 6) for score in scores if score}) > 0.8 * sum(score > 0 for score in scores)
+        assert 0 <= min(scores) < max(scores) <= 1
+        chance_of_a_tie = sum(count**2 for count in Counter(scores).values()) / len(scores) ** 2
+        assert chance_of_a_tie < 0.05
 
 
 def test_running_text_is_sound_and_a_word_list_is_not() -> None:
