@@ -36,6 +36,9 @@ def engine_arguments(model: Path, *, slots: int, dtype: str, max_model_len: int 
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "enforce_eager": True,
+        # A seeded request whose prompt is cut into chunks ends vLLM's CPU engine: it rewinds the request's random generator, which
+        # only CUDA's can do. Whole prompts need no rewinding.
+        "enable_chunked_prefill": torch.cuda.is_available(),
         "logits_processors": ["sipo.decoding.vllm.batch:MixtureProcessor"],
         "worker_extension_cls": "sipo.decoding.vllm.worker.PolicyWorker",
         "additional_config": {SLOTS: slots},
