@@ -46,8 +46,13 @@ def bundled_input(settings: CommonSettings) -> DemoInput:
     PolicyStore(settings.data_dir / "policies").activate(shipped.id)
     held_out = [example for split in HELD_OUT for example in bundled_examples(split)]
     conflicting = [example for example in held_out if example.conflicting(shipped.objectives)]
-    spec = JobSpec(policy=shipped.manifest.name, objectives=shipped.objectives, max_prompts=PROMPTS, activate=True)
+    spec = _spec(shipped.manifest.name, shipped.objectives)
     return DemoInput(conflicting[:PROMPTS], shipped.objectives, spec, len(held_out), len(conflicting))
+
+
+def _spec(policy: str, objectives: list[str]) -> JobSpec:
+    """Short answers and reviews, so that a round takes minutes on two cores."""
+    return JobSpec(policy=policy, objectives=objectives, max_prompts=PROMPTS, max_tokens=96, review_max_tokens=48, activate=True)
 
 
 def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None, max_pairs: int) -> DemoInput:
@@ -68,7 +73,7 @@ def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None
     store = PolicyStore(settings.data_dir / "policies")
     if aligned := [known for known in store.sets() if known.manifest.name == name and known.manifest.round == 0]:
         console.print(f"policies: {store.activate(aligned[0].id).id}, aligned by an earlier run")
-    spec = JobSpec(policy=name, objectives=objectives, max_prompts=PROMPTS, activate=True)
+    spec = _spec(name, objectives)
     alignment = spec.alignment.model_copy(update={"max_pairs": max_pairs, "max_prompt_tokens": MAX_PROMPT_TOKENS})
     spec = spec.model_copy(update={"alignment": alignment})
     return DemoInput(examples, objectives, spec, len(examples), conflicting)

@@ -39,6 +39,8 @@ def engine_arguments(model: Path, *, slots: int, dtype: str, max_model_len: int 
         # A seeded request whose prompt is cut into chunks ends vLLM's CPU engine: it rewinds the request's random generator, which
         # only CUDA's can do. Whole prompts need no rewinding.
         "enable_chunked_prefill": torch.cuda.is_available(),
+        # A prefix is shared in whole blocks. vLLM's 128 tokens on a CPU would compute most of a few-shot prompt anew each time.
+        "block_size": None if torch.cuda.is_available() else 32,
         "logits_processors": ["sipo.decoding.vllm.batch:MixtureProcessor"],
         "worker_extension_cls": "sipo.decoding.vllm.worker.PolicyWorker",
         "additional_config": {SLOTS: slots},
