@@ -8,7 +8,10 @@ from transformers import PreTrainedTokenizerFast
 from sipo.errors import IncompatiblePolicy
 from sipo.prompts import PromptFormat
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 WORDS = ["<unk>", "<end>", "<system>", "<user>", "<assistant>", "be", "kind", "hello", "you"]
 
 
