@@ -52,7 +52,7 @@ def bundled_input(settings: CommonSettings) -> DemoInput:
 
 def _spec(policy: str, objectives: list[str]) -> JobSpec:
     """Short answers and reviews, so that a round takes minutes on two cores."""
-    return JobSpec(policy=policy, objectives=objectives, max_prompts=PROMPTS, max_tokens=96, review_max_tokens=48, activate=True)
+    return JobSpec(policy=policy, objectives=objectives, max_prompts=PROMPTS, max_tokens=64, review_max_tokens=48, activate=True)
 
 
 def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None, max_pairs: int) -> DemoInput:
