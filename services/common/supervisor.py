@@ -226,7 +226,7 @@ class Supervisor:
                 self._tell(child.spec.name, f"not ready within {self.ready_timeout:.0f} s")
                 _kill(process)
                 return
-            await _first(asyncio.sleep(0.1), self._stopping.wait())
+            await _first(asyncio.sleep(0.2), self._stopping.wait())
 
     async def _terminate(self, child: _Child, process: asyncio.subprocess.Process) -> None:
         with suppress(ProcessLookupError):
@@ -267,7 +267,8 @@ async def _answers(url: str | None) -> bool:
         finally:
             await client.aclose()
     try:
-        async with httpx.AsyncClient(timeout=2) as http:
+        # No certificates: loading them for every look takes more time than the services have for starting.
+        async with httpx.AsyncClient(timeout=2, verify=False) as http:
             return (await http.get(url)).is_success
     except httpx.HTTPError:
         return False
