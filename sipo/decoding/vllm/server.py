@@ -66,9 +66,9 @@ async def openai_server(
         # The thread waits for the engine's process: without it, it ends at once.
         for child in multiprocessing.active_children():
             child.terminate()
-        (outcome,) = await asyncio.gather(starting, return_exceptions=True)
-        if isinstance(outcome, AsyncLLM):
-            outcome.shutdown()
+        await asyncio.wait([starting])
+        if starting.exception() is None:
+            starting.result().shutdown()
         raise
     try:
         tasks = await client.get_supported_tasks()
