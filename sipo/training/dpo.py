@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
     trainer = build_trainer(run, folder, data, tokenizer)
     trainer.add_callback(Reporter(run.objective, report))
     started = time.monotonic()
-    before = _measure(trainer)
+    before = _at_the_start(trainer, settings.alpha)
     trainer.train()
     after = _measure(trainer)
     if not math.isfinite(after.loss):
@@ -220,12 +221,17 @@ def _left_out(data: TokenisedPairs, max_prompt_tokens: int) -> str:
     )
 
 
+def _at_the_start(trainer: DPOTrainer, alpha: float) -> Measure:
+    """What `_measure` would say before the first step, without a pass over the pairs: the policy still is its reference, so every
+    pair is a tie, and the reference's log-probabilities are known."""
+    rows = trainer.eval_dataset
+    nll = [-logp / len(ids) for logp, ids in zip(rows["ref_chosen_logps"], rows["chosen_ids"], strict=True)]
+    return Measure(loss=math.log(2) + alpha * fmean(nll), margin=0.0, accuracy=0.5)
+
+
 def _measure(trainer: DPOTrainer) -> Measure:
     logs = trainer.evaluate()
-    margin = logs["eval_rewards/margins"]
-    # Before training the policy is its reference: every pair is a tie, which TRL counts as a miss.
-    accuracy = logs["eval_rewards/accuracies"] if margin else 0.5
-    return Measure(loss=logs["eval_loss"], margin=margin, accuracy=accuracy)
+    return Measure(loss=logs["eval_loss"], margin=logs["eval_rewards/margins"], accuracy=logs["eval_rewards/accuracies"])
 
 
 def _save_adapter(model: Any, target: Path, base_name: str) -> None:
