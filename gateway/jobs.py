@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
-from sipo.datasets import read_lines
 from starlette.datastructures import UploadFile
 
 from gateway.job_input import settle_spec, store_input
@@ -25,6 +24,7 @@ from gateway.settings import GatewaySettings
 from services.common.job_store import Job, JobStore, new_job_id
 from services.common.jobs import JobSpec
 from services.common.messages import PromptDecided
+from sipo.datasets import read_lines
 from sipo.errors import InvalidRequest, NotFound
 from sipo.policies import PolicyStore
 from sipo.selection import pareto_pairs
