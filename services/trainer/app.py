@@ -38,7 +38,7 @@ def open_base(settings: TrainerSettings) -> Base:
     return Base(folder, ref, PromptFormat.of(AutoTokenizer.from_pretrained(folder)))
 
 
-def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float = 15.0) -> FastAPI:
+def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float = 30.0) -> FastAPI:
     """Closes `redis` when the application ends. Only one trainer works at a time; others wait, and are not ready."""
     state = {"waiting": "the base model is being looked up"}
 

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from services.common.processes import dies_with_parent
 from sipo.errors import TrainingFailed
 from sipo.training.settings import METRICS, Failure, Progress, TrainMetrics
 
 LOG = "train.log"
+LINE: TypeAdapter[Progress | Failure] = TypeAdapter(Progress | Failure)
 
 
 async def run_child(run: Path, report: Callable[[Progress], Awaitable[None]]) -> TrainMetrics:
@@ -32,10 +35,11 @@ async def run_child(run: Path, report: Callable[[Progress], Awaitable[None]]) ->
     try:
         assert process.stdout is not None
         async for line in process.stdout:
-            if b'"error"' in line:
-                failure = Failure.model_validate_json(line)
+            said = LINE.validate_json(line)
+            if isinstance(said, Failure):
+                failure = said
             else:
-                await report(Progress.model_validate_json(line))
+                await report(said)
         status = await process.wait()
     finally:
         if process.returncode is None:
@@ -44,8 +48,8 @@ async def run_child(run: Path, report: Callable[[Progress], Awaitable[None]]) ->
     if failure is not None:
         raise TrainingFailed(failure.error)
     if status != 0:
-        said = (folder / LOG).read_text(errors="replace").strip().splitlines()
+        lines = (folder / LOG).read_text(errors="replace").strip().splitlines()
         raise TrainingFailed(
-            f"the training process ended with status {status}: {said[-1] if said else 'it said nothing'} (see {folder / LOG})"
+            f"the training process ended with status {status}: {lines[-1] if lines else 'it said nothing'} (see {folder / LOG})"
         )
     return TrainMetrics.model_validate_json((folder / METRICS).read_text())

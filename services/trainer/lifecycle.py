@@ -20,7 +20,7 @@ from services.common.messages import PromptDecided
 from services.common.queue import Delivery
 from services.trainer.decisions import DECISIONS, DecisionLog
 from services.trainer.rounds import REPORT, Stages, why_nothing_was_accepted
-from sipo.errors import Conflict, SipoError
+from sipo.errors import Conflict, SipoError, Unavailable
 from sipo.training.settings import Progress
 
 log = structlog.get_logger(__name__)
@@ -70,7 +70,7 @@ class Lifecycle:
         for job, deliveries in by_job.items():
             try:
                 await self._append(job, [delivery.message for delivery in deliveries])
-            except (SipoError, OSError) as error:
+            except SipoError as error:
                 for delivery in deliveries:
                     await delivery.fail(error)
                 continue
@@ -161,15 +161,17 @@ class Lifecycle:
     async def _append(self, job: str, decisions: Sequence[PromptDecided]) -> None:
         async with self._log_lock:
             if self.lease.lost.is_set():
-                raise Conflict("the trainer's lease is another's now")
-            decision_log = await self._log(job)
+                raise Unavailable("the trainer's lease is another's now")
             try:
+                decision_log = await self._log(job)
                 await asyncio.to_thread(decision_log.append, decisions)
-            except OSError:
-                del self._logs[job]
-                raise
-            for round_ in {decision.round for decision in decisions}:
-                await self.jobs.set_counts(job, round_, decision_log.counts(round_))
+                for round_ in {decision.round for decision in decisions}:
+                    await self.jobs.set_counts(job, round_, decision_log.counts(round_))
+            except OSError as error:  # no message's fault; what is on disk now is read again
+                self._logs.pop(job, None)
+                raise Unavailable(f"the decisions of {job} cannot be written: {error}") from error
+            except RedisError as error:
+                raise Unavailable(f"the queue server does not answer: {error}") from error
 
     async def _decisions(self, job: Job) -> list[PromptDecided]:
         async with self._log_lock:
