@@ -29,6 +29,8 @@ from sipo.preferences import Example, uniform_weights
 from sipo.prompts import PromptFormat
 from sipo.training.settings import Measure, Progress, TrainMetrics, TrainSettings, read_run
 
+Tell = Callable[[Progress], Awaitable[None]]
+
 OBJECTIVES = ["concise", "warm"]
 QUICK = TrainSettings(lora_rank=4, lora_alpha=8, batch_size=2)
 PROMPTS = 3
@@ -82,7 +84,7 @@ def runs(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces the training process by one that copies an adapter; lists the runs, as "round-0/warm"."""
     made: list[str] = []
 
-    async def run_child(path: Path, tell: Callable[[Progress], Awaitable[None]]) -> TrainMetrics:
+    async def run_child(path: Path, tell: Tell) -> TrainMetrics:
         run = read_run(path)
         made.append(f"{path.parent.parent.name}/{path.parent.name}")
         await tell(Progress(objective=run.objective, step=1, of=1, loss=0.5, margin=0, accuracy=1, seconds_left=0))
@@ -231,7 +233,7 @@ async def test_a_job_without_an_accepted_response_fails_with_the_filters_figures
 async def test_a_training_that_fails_ends_the_job_and_leaves_the_policies(
     redis: Redis, stages: Stages, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def diverge(path: Path, tell: Callable[[Progress], Awaitable[None]]) -> TrainMetrics:
+    async def diverge(path: Path, tell: Tell) -> TrainMetrics:
         raise TrainingFailed("it diverged")
 
     monkeypatch.setattr(rounds, "run_child", diverge)
@@ -248,7 +250,7 @@ async def test_decisions_are_kept_while_another_job_trains_and_cancel_ends_the_t
 ) -> None:
     ended = asyncio.Event()
 
-    async def endless(path: Path, tell: Callable[[Progress], Awaitable[None]]) -> TrainMetrics:
+    async def endless(path: Path, tell: Tell) -> TrainMetrics:
         try:
             await asyncio.Event().wait()
         finally:
@@ -292,10 +294,10 @@ async def test_a_trainer_goes_on_in_the_middle_of_a_training(
 ) -> None:
     policies(stages, adapter)
     job = await submit(redis, stages)
-    quick: Any = vars(rounds)["run_child"]
+    quick: Callable[[Path, Tell], Awaitable[TrainMetrics]] = vars(rounds)["run_child"]
     blocked = asyncio.Event()
 
-    async def die_in_the_second(path: Path, tell: Callable[[Progress], Awaitable[None]]) -> TrainMetrics:
+    async def die_in_the_second(path: Path, tell: Tell) -> TrainMetrics:
         if path.parent.name == "warm":
             blocked.set()
             await asyncio.Event().wait()
