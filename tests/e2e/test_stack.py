@@ -99,9 +99,7 @@ def _ours(process: psutil.Process, data_dir: Path) -> bool:
 
 def test_kill_9_in_every_stage_loses_no_prompt_and_doubles_no_pair(stack: Stack) -> None:
     examples = [example for example in bundled_examples("train") if example.conflicting()][:8]
-    weights = [{"concise": w, "warm": 1 - w} for w in (0.6, 0.4)]
-    brief = {"max_tokens": 48, "review_max_tokens": 32}
-    spec = {"policy": "demo", "weights": weights, "seed": 3, "activate": True, **brief}
+    spec = {"policy": "demo", "max_tokens": 48, "review_max_tokens": 32, "seed": 3, "activate": True}
     body = {"spec": spec, "examples": [example.model_dump() for example in examples]}
     reply = stack.http.post("/v1/jobs", json=body)
     assert reply.status_code == 201, reply.text
