@@ -27,7 +27,7 @@ from sipo.errors import Conflict, NotFound
 NEXT: Final[dict[JobState, frozenset[JobState]]] = {
     JobState.QUEUED: frozenset({JobState.ALIGNING, JobState.GENERATING}),
     JobState.ALIGNING: frozenset({JobState.GENERATING}),
-    JobState.GENERATING: frozenset({JobState.TRAINING, JobState.COMPLETED}),  # completed: stop_after pairs, or no pairs to train on
+    JobState.GENERATING: frozenset({JobState.TRAINING, JobState.COMPLETED}),  # completed: stop_after pairs
     JobState.TRAINING: frozenset({JobState.EVALUATING}),
     JobState.EVALUATING: frozenset({JobState.PUBLISHING}),
     JobState.PUBLISHING: frozenset({JobState.GENERATING, JobState.COMPLETED}),  # generating: the next round

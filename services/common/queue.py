@@ -3,11 +3,10 @@
     queue = Queue(redis)
     await queue.feed(message, position=7)                       # the gateway: adds, and moves the job's cursor from 7 to 8
 
-    async def decide(batch: list[Delivery[PromptSampled]]) -> None:
-        for delivery, decision in zip(batch, await score([d.message for d in batch])):
-            await delivery.done(DECISIONS, decision, counts={"decided": 1})
+    async def generate(delivery: Delivery[PromptQueued]) -> None:
+        await delivery.done(CANDIDATES, await make_candidates(delivery.message), counts={"sampled": 1})
 
-    await Consumer(redis, CANDIDATES, model=PromptSampled, batch=16, on_dead=as_failed).run(decide)
+    await Consumer(redis, PROMPTS, model=PromptQueued, on_dead=as_failed).run(each(generate))
 
 A message is in one stream at a time. A consumer that takes one holds it by heartbeats; when they cease, another takes it
 over. What ends the holding is one script, HAND_OVER: if the message is still the consumer's and there is room in the next
