@@ -25,10 +25,11 @@ def watch_job(fetch: Callable[[], Job], *, every: float = 1.0) -> Job:
 def detail(job: Job) -> str:
     """The numbers of the job's present stage in words."""
     if (training := _training(job)) is not None:
-        return (
-            f"{training.objective}: step {training.step} of {training.of}, loss {training.loss:.4f}, "
-            f"{training.seconds_left:.0f} s left"
-        )
+        if training.stage == "reference":
+            done = f"reference has scored {training.step} of {training.of} pairs"
+        else:
+            done = f"step {training.step} of {training.of}, loss {training.loss:.4f}"
+        return f"{training.objective}: {done}, {training.seconds_left:.0f} s left"
     if job.state != JobState.GENERATING or job.total is None:
         return ""
     counts = job.counts

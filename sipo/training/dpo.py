@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -37,26 +37,58 @@ from trl import DPOConfig, DPOTrainer
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.training.data import TokenisedPairs, TrainingPair, tokenise
 from sipo.training.settings import ADAPTER, METRICS, PAIRS, Measure, Progress, TrainMetrics, TrainRun
+from sipo.training.shared_prompt import share_prompts
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 WARMUP = 0.1
 WEIGHT_DECAY = 0.05
+REPORT_SECONDS = 1.0
+"""Between two reports of the reference's pass; each step of training is reported."""
 
 
 class PairTrainer(DPOTrainer):  # type: ignore[misc]
-    """Stock DPOTrainer on rows with tokens: its own tokenisation would keep what a chat template writes after the end token."""
+    """DPOTrainer on rows with tokens: its own tokenisation would keep what a chat template writes after the end token.
+
+    `on_reference` is called after each pair whose reference log-probabilities are computed.
+    """
+
+    def __init__(self, *, on_reference: Callable[[], None], **arguments: Any) -> None:
+        self._on_reference = on_reference
+        super().__init__(**arguments)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        # Called when TRL has put its head on the model, and before anything is computed with it.
+        if name == "train":
+            share_prompts(self.model.get_base_model())
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        found = super().compute_ref_log_probs(model, inputs)
+        self._on_reference()
+        return found
+
 
 class Reporter(TrainerCallback):  # type: ignore[misc]
-    """Reports each step; a loss that is no number ends the run at once."""
+    """Reports each step, and the reference's pass before; a loss that is no number ends the run at once."""
 
-    def __init__(self, objective: str, report: Callable[[Progress], None]) -> None:
+    def __init__(self, objective: str, report: Callable[[Progress], None], pairs: int) -> None:
+        """`pairs` are the reference's to do."""
         self.objective = objective
         self.report = report
+        self.pairs = pairs
+        self.known = 0
+        self.said = 0.0
         self.started = time.monotonic()
+
+    def on_reference(self) -> None:
+        self.known += 1
+        now = time.monotonic()
+        if now - self.said >= REPORT_SECONDS:
+            self.said = now
+            self._report("reference", self.known, self.pairs, of_them=self.known)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.monotonic()
@@ -72,18 +104,20 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
                 f"the training of {self.objective!r} diverged at step {state.global_step}: loss {logs['loss']}, gradient norm "
                 f"{logs['grad_norm']}; use a smaller learning_rate"
             )
-        per_step = (time.monotonic() - self.started) / (state.global_step - self.first_step)
-        self.report(
-            Progress(
-                objective=self.objective,
-                step=state.global_step,
-                of=state.max_steps,
-                loss=logs["loss"],
-                margin=logs["rewards/margins"],
-                accuracy=logs["rewards/accuracies"],
-                seconds_left=round(per_step * (state.max_steps - state.global_step), 1),
-            )
+        self._report(
+            "training",
+            state.global_step,
+            state.max_steps,
+            of_them=state.global_step - self.first_step,
+            loss=logs["loss"],
+            margin=logs["rewards/margins"],
+            accuracy=logs["rewards/accuracies"],
         )
+
+    def _report(self, stage: Literal["reference", "training"], step: int, of: int, *, of_them: int, **measured: float) -> None:
+        """`of_them` were done since `started`: the time left follows."""
+        left = (time.monotonic() - self.started) / of_them * (of - step)
+        self.report(Progress(objective=self.objective, stage=stage, step=step, of=of, seconds_left=round(left, 1), **measured))
 
 
 def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> TrainMetrics:
@@ -107,9 +141,9 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
     if not data.train:
         raise InvalidRequest(f"no pair to train {run.objective!r} on: {_left_out(data, settings.max_prompt_tokens)}")
 
-    trainer = build_trainer(run, folder, data, tokenizer)
-    trainer.add_callback(Reporter(run.objective, report))
+    reporter = Reporter(run.objective, report, len(data.train) + len(data.validation) * data.held_out)
     started = time.monotonic()
+    trainer = build_trainer(run, folder, data, tokenizer, reporter)
     before = _at_the_start(trainer, settings.alpha)
     trainer.train()
     after = _measure(trainer)
@@ -136,7 +170,7 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
     return metrics
 
 
-def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: Any) -> DPOTrainer:
+def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: Any, reporter: Reporter) -> DPOTrainer:
     """The trainer with its model.
 
     With `run.start`, TRL keeps a frozen copy of that adapter as reference. Without, it makes a fresh LoRA (after seeding: policies
@@ -184,6 +218,8 @@ def build_trainer(run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: 
         seed=settings.seed,
     )
     trainer = PairTrainer(
+        on_reference=reporter.on_reference,
+        callbacks=[reporter],
         model=model,
         args=args,
         train_dataset=Dataset.from_list(data.train),

@@ -59,15 +59,16 @@ class TrainRun(_Record):
 
 
 class Progress(_Record):
-    """One optimizer step, printed as a line of JSON. Margin and accuracy: of implicit rewards against the run's reference."""
+    """How far a run is, printed as a line of JSON: pairs whose reference log-probabilities are known, then optimizer steps."""
 
     objective: str
+    stage: Literal["reference", "training"]
     step: int
     of: int
-    loss: float
-    margin: float
-    accuracy: float
     seconds_left: float
+    loss: float | None = Field(default=None, description="of this step, in training; so are the next two")
+    margin: float | None = Field(default=None, description="of implicit rewards against the run's reference")
+    accuracy: float | None = None
 
 
 class Failure(_Record):

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from services.common.job_store import Job, JobStore
 from services.common.jobs import JobSpec, JobState
 from services.common.messages import Candidate, PromptDecided, ScoredCandidate
-from services.common.queue import DECISIONS, Consumer, Queue, job_key
+from services.common.queue import DECISIONS, Consumer, Queue
+from services.common.queue.keys import job_key
 from services.common.reports import Report
 from services.trainer import rounds
 from services.trainer.lifecycle import Lifecycle
@@ -87,7 +88,7 @@ def runs(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     async def run_child(path: Path, tell: Tell) -> TrainMetrics:
         run = read_run(path)
         made.append(f"{path.parent.parent.name}/{path.parent.name}")
-        await tell(Progress(objective=run.objective, step=1, of=1, loss=0.5, margin=0, accuracy=1, seconds_left=0))
+        await tell(Progress(objective=run.objective, stage="training", step=1, of=1, seconds_left=0, loss=0.5))
         await asyncio.to_thread(_copy, adapter, path.parent / "adapter")
         measure = Measure(loss=0.5, margin=0, accuracy=1)
         metrics = TrainMetrics(

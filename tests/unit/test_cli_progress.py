@@ -16,18 +16,21 @@ QUEUED = Job(id="job-1", spec=JobSpec(policy="demo"), state=JobState.QUEUED, cre
 
 
 def test_each_stage_is_told_once_with_its_numbers_until_the_job_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
-    step = Progress(objective="warm", step=3, of=20, loss=0.51, margin=0.2, accuracy=0.8, seconds_left=40)
+    step = Progress(objective="warm", stage="training", step=3, of=20, seconds_left=40, loss=0.51)
+    reference = Progress(objective="warm", stage="reference", step=80, of=160, seconds_left=60)
     counts = Counts(queued=16, sampled=9, decided=7, accepted=4, none=2, failed=1)
     jobs = [
         QUEUED,
         QUEUED.model_copy(update={"state": JobState.GENERATING, "total": 16, "counts": counts}),
         QUEUED.model_copy(update={"state": JobState.GENERATING, "total": 16, "counts": counts}),
+        QUEUED.model_copy(update={"state": JobState.ALIGNING, "progress": reference.model_dump()}),
         QUEUED.model_copy(update={"state": JobState.TRAINING, "progress": step.model_dump()}),
         QUEUED.model_copy(update={"state": JobState.COMPLETED, "policy_set": "demo:2"}),
     ]
     coming = iter(jobs)
     assert watch_job(lambda: next(coming), every=0) == jobs[-1]
     lines = [line.split(" s  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
-    assert [line.split()[0] for line in lines] == ["queued", "generating", "training", "completed"]
+    assert [line.split()[0] for line in lines] == ["queued", "generating", "aligning", "training", "completed"]
     assert "of 16 prompts 9 have candidates, 7 are decided: 4 accepted, 2 without a better answer, 1 failed" in lines[1]
-    assert "warm: step 3 of 20, loss 0.5100, 40 s left" in lines[2]
+    assert "warm: reference has scored 80 of 160 pairs, 60 s left" in lines[2]
+    assert "warm: step 3 of 20, loss 0.5100, 40 s left" in lines[3]

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
 from sipo.prompts import PromptFormat
-from sipo.training.data import TokenPair, TrainingPair, tokenise
-from sipo.training.dpo import build_trainer, train
+from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
+from sipo.training.dpo import Reporter, build_trainer, train
 from sipo.training.settings import Failure, Progress, TrainMetrics, TrainRun, TrainSettings, write_run
 
 PAIRS = [TrainingPair(prompt=f"question {i}", chosen="yes " * (1 + i % 3), rejected=f"no, not {i}") for i in range(6)]
@@ -40,7 +40,8 @@ def go(run: TrainRun, folder: Path, pairs: list[TrainingPair] = PAIRS) -> tuple[
     write_run(folder, run)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     steps: list[Progress] = []
-    return train(run, folder, steps.append), steps
+    metrics = train(run, folder, steps.append)
+    return metrics, [step for step in steps if step.stage == "training"]
 
 
 def changed(run: TrainRun, **settings: float) -> TrainRun:
@@ -66,6 +67,10 @@ def rows(run: TrainRun) -> list[TokenPair]:
     ).train
 
 
+def silent(data: TokenisedPairs) -> Reporter:
+    return Reporter("warm", lambda progress: None, len(data.train))
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -78,6 +83,15 @@ def test_a_first_alignment_starts_at_ln_2_and_learns_its_pairs(run: TrainRun, tm
     assert metrics.after.loss < 0.6 and metrics.after.accuracy == 1
     assert [step.step for step in steps] == list(range(1, 9)) and steps[-1].of == 8 and steps[-1].seconds_left == 0
     assert TrainMetrics.model_validate_json((tmp_path / "metrics.json").read_text()) == metrics
+
+
+def test_the_references_pass_reports_how_far_it_is(run: TrainRun, tmp_path: Path) -> None:
+    write_run(tmp_path, run)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    said: list[Progress] = []
+    train(run, tmp_path, said.append)
+    assert said[0].stage == "reference" and (said[0].step, said[0].of) == (1, len(PAIRS)) and said[0].loss is None
+    assert [progress.stage for progress in said] == ["reference", "training", "training"]
 
 
 def test_the_loss_after_an_alignment_is_that_of_equation_2(run: TrainRun, tmp_path: Path) -> None:
@@ -114,7 +128,7 @@ def test_a_sipo_round_moves_the_policy_and_keeps_its_reference(run: TrainRun, tm
     second = changed(run, alpha=0.3).model_copy(update={"start": start})
     tokenizer = AutoTokenizer.from_pretrained(run.base)
     data = tokenise(PAIRS, run.prompt_format, tokenizer, max_prompt_tokens=99, max_response_tokens=99, max_pairs=None, seed=0)
-    trainer = build_trainer(second, tmp_path, data, tokenizer)
+    trainer = build_trainer(second, tmp_path, data, tokenizer, silent(data))
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
@@ -126,7 +140,7 @@ def test_a_sipo_round_moves_the_policy_and_keeps_its_reference(run: TrainRun, tm
 def test_what_trl_trains_on_are_our_tokens(run: TrainRun, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run.base)
     data = tokenise(PAIRS, run.prompt_format, tokenizer, max_prompt_tokens=99, max_response_tokens=99, max_pairs=None, seed=0)
-    batches = list(build_trainer(run, tmp_path, data, tokenizer).get_eval_dataloader())
+    batches = list(build_trainer(run, tmp_path, data, tokenizer, silent(data)).get_eval_dataloader())
     for batch, row in zip(batches, data.train, strict=True):
         for ids, mask, seen, response in zip(
             batch["input_ids"],
@@ -190,7 +204,8 @@ def test_the_process_prints_only_json_and_ends_with_the_reason_of_a_failure(run:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     command = [sys.executable, "-m", "sipo.training", str(path)]
     good = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [Progress.model_validate_json(line).step for line in good.stdout.splitlines()] == [1, 2]
+    said = [Progress.model_validate_json(line) for line in good.stdout.splitlines()]
+    assert [(progress.stage, progress.step) for progress in said] == [("reference", 1), ("training", 1), ("training", 2)]
     (tmp_path / "pairs.jsonl").write_text("")
     bad = subprocess.run(command, capture_output=True, text=True, check=False)
     assert bad.returncode == 1
