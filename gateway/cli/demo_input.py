@@ -74,7 +74,9 @@ def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None
     if aligned := [known for known in store.sets() if known.manifest.name == name and known.manifest.round == 0]:
         console.print(f"policies: {store.activate(aligned[0].id).id}, aligned by an earlier run")
     spec = _spec(name, objectives)
-    alignment = spec.alignment.model_copy(update={"max_pairs": max_pairs, "max_prompt_tokens": MAX_PROMPT_TOKENS})
+    # As the shipped policies were trained: one epoch in small steps.
+    small = {"epochs": 1, "batch_size": 4, "max_pairs": max_pairs, "max_prompt_tokens": MAX_PROMPT_TOKENS}
+    alignment = spec.alignment.model_copy(update=small)
     spec = spec.model_copy(update={"alignment": alignment})
     return DemoInput(examples, objectives, spec, len(examples), conflicting)
 

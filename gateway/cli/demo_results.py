@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from rich.table import Table
 
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
 from services.common.reports import Report
-from sipo.preferences import format_weights, one_hot_weights, uniform_weights
+from sipo.preferences import Weights, format_weights, one_hot_weights, uniform_weights
 from sipo.training.settings import TrainMetrics
 
 
@@ -49,10 +50,12 @@ def _show_training(title: str, metrics: Mapping[str, TrainMetrics]) -> None:
 
 
 def show_answers(gateway: Gateway, policy_set: str, objectives: Sequence[str], prompt: str) -> None:
-    """The same question at three preference weights."""
+    """The same question at three preference weights, asked at once: the decoder answers them in one batch."""
     console.print(f"\n{policy_set} at three preference weights, asked: {prompt}", markup=False)
     first, second = objectives[:2]
-    for weights in (one_hot_weights(first, objectives), uniform_weights(objectives), one_hot_weights(second, objectives)):
+    asked = [one_hot_weights(first, objectives), uniform_weights(objectives), one_hot_weights(second, objectives)]
+
+    def answer(weights: Weights) -> str:
         body = {
             "model": policy_set,
             "preference_weights": weights,
@@ -60,6 +63,10 @@ def show_answers(gateway: Gateway, policy_set: str, objectives: Sequence[str], p
             "temperature": 0,
             "max_tokens": 128,
         }
-        answer = gateway.post("/v1/chat/completions", json=body)["choices"][0]["message"]["content"]
-        console.print(f"[bold]{format_weights(weights)}[/bold]: ", end="")
-        console.print(answer.strip(), markup=False)
+        text: str = gateway.post("/v1/chat/completions", json=body)["choices"][0]["message"]["content"]
+        return text.strip()
+
+    with ThreadPoolExecutor() as pool:
+        for weights, text in zip(asked, pool.map(answer, asked), strict=True):
+            console.print(f"[bold]{format_weights(weights)}[/bold]: ", end="")
+            console.print(text, markup=False)

@@ -50,8 +50,9 @@ def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[P
     needs_queue = tuple(spec.name for spec in queue)
     return [
         *queue,
+        # What takes long to load starts at once; what is quick waits, so that it stops before what it works with.
         service("decoder", "services.decoder", after=()),
-        service("reviewer", "services.reviewer", after=("decoder",)),
+        service("reviewer", "services.reviewer", after=()),
         service("scorer", "services.scorer", after=needs_queue),
         service("trainer", "services.trainer", after=needs_queue),
         service("worker", "gateway.worker", after=(*needs_queue, "decoder", "reviewer")),
