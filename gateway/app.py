@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
 from gateway import completions, jobs, models
 from gateway.feeder import Feeder
 from gateway.settings import GatewaySettings
 from services.common import app as common
 from services.common.job_store import JobStore
-from services.common.queue import Queue
+from services.common.queue import Queue, unanswered
 from sipo.errors import Unavailable
 from sipo.policies import PolicyStore
 
@@ -39,14 +39,7 @@ def create_app(settings: GatewaySettings, decoder: httpx.AsyncClient, redis: Red
         await decoder.aclose()
         await redis.aclose()
 
-    async def ready() -> str | None:
-        try:
-            await redis.ping()
-        except RedisError as error:
-            return f"the queue server does not answer ({error})"
-        return None
-
-    app = common.create_app("gateway", settings, lifespan, ready)
+    app = common.create_app("gateway", settings, lifespan, partial(unanswered, redis))
     app.state.policies = PolicyStore(settings.data_dir / "policies")
     app.state.jobs = job_store
     app.state.decoder = decoder

@@ -10,18 +10,18 @@ import hashlib
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from gateway.worker_settings import WorkerSettings
 from services.common import app as common
 from services.common import logging
 from services.common.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient
 from services.common.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, connect, consuming, each
+from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, connect, consuming, each, unanswered
 from services.common.settings import load
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights
@@ -166,14 +166,7 @@ def create_app(settings: WorkerSettings, redis: Redis, decoder: DecoderClient, r
             await stack.enter_async_context(consuming(consumers, each(make_candidates)))
             yield
 
-    async def ready() -> str | None:
-        try:
-            await redis.ping()
-        except RedisError as error:
-            return f"the queue server does not answer: {error}"
-        return None
-
-    return common.create_app("worker", settings, lifespan, ready)
+    return common.create_app("worker", settings, lifespan, partial(unanswered, redis))
 
 
 def main() -> None:

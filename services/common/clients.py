@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict, Unpack
 
 import httpx
 
@@ -119,63 +119,30 @@ class DecoderClient(ServiceClient):
         ]
 
 
+class Asked(TypedDict):
+    """For whom the reviewer writes, and how. `weights` mix the policies: w_e for a review, w_m for a rewrite."""
+
+    objectives: Sequence[str]
+    weights: Weights
+    policy_set: str
+    max_tokens: int
+    temperature: NotRequired[float]
+    seed: NotRequired[int | None]
+
+
 class ReviewerClient(ServiceClient):
-    """Eq. 4 and 5. `objectives` and `weights` are those that the review, or the rewrite, is made for."""
+    """Eq. 4 and 5."""
 
     name = "reviewer"
 
-    async def review(
-        self,
-        prompt: str,
-        response: str,
-        *,
-        objectives: Sequence[str],
-        weights: Weights,
-        policy_set: str | None = None,
-        max_tokens: int,
-        temperature: float = 1.0,
-        seed: int | None = None,
-    ) -> str:
+    async def review(self, prompt: str, response: str, **asked: Unpack[Asked]) -> str:
         """y^v, the critique of `response`."""
-        body = {
-            "prompt": prompt,
-            "response": response,
-            "objectives": list(objectives),
-            "weights": weights,
-            "policy_set": policy_set,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
-        }
-        review: str = (await self._post("/v1/reviews", body))["review"]
+        review: str = (await self._post("/v1/reviews", {"prompt": prompt, "response": response, **asked}))["review"]
         return review
 
-    async def rewrite(
-        self,
-        prompt: str,
-        response: str,
-        review: str,
-        *,
-        objectives: Sequence[str],
-        weights: Weights,
-        policy_set: str | None = None,
-        max_tokens: int,
-        temperature: float = 1.0,
-        seed: int | None = None,
-    ) -> Completion:
-        """y^r, `response` rewritten as `review` asks."""
-        body = {
-            "prompt": prompt,
-            "response": response,
-            "review": review,
-            "objectives": list(objectives),
-            "weights": weights,
-            "policy_set": policy_set,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
-        }
-        reply = await self._post("/v1/rewrites", body)
+    async def rewrite(self, prompt: str, response: str, review: str, **asked: Unpack[Asked]) -> Completion:
+        """y^a, `response` rewritten as `review` asks."""
+        reply = await self._post("/v1/rewrites", {"prompt": prompt, "response": response, "review": review, **asked})
         return Completion(reply["text"], reply["token_ids"], reply["finish_reason"], reply.get("prompt_tokens", 0))
 
 

@@ -109,3 +109,7 @@ class PromptDecided(Record):
     @property
     def id(self) -> str:
         return f"{self.job}/{self.round}/{self.prompt}"
+
+
+Message = PromptQueued | PromptSampled | PromptDecided
+"""What the streams carry, in the order of a prompt's way."""

@@ -11,16 +11,16 @@ import math
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Literal, Self, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from services.common import app as common
 from services.common.messages import PromptSampled, Rewards
-from services.common.queue import CANDIDATES, DECISIONS, Consumer, Delivery, each
+from services.common.queue import CANDIDATES, DECISIONS, Consumer, Delivery, each, unanswered
 from services.scorer.scoring import Given, Scorer, as_failed
 from services.scorer.settings import ScorerSettings
 from sipo.errors import SipoError
@@ -93,14 +93,7 @@ def create_app(settings: ScorerSettings, redis: Redis, load: Callable[[], Scorer
         async with redis, model, consumer.running(each(decide)):
             yield
 
-    async def ready() -> str | None:
-        try:
-            await redis.ping()
-        except RedisError as error:
-            return f"the queue server does not answer: {error}"
-        return None
-
-    app = common.create_app("scorer", settings, lifespan, ready)
+    app = common.create_app("scorer", settings, lifespan, partial(unanswered, redis))
     app.state.model = model
     app.post("/v1/rewards")(rewards)
     return app

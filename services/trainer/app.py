@@ -10,12 +10,11 @@ from contextlib import asynccontextmanager
 import structlog
 from fastapi import FastAPI
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from services.common import app as common
 from services.common.job_store import JobStore
 from services.common.messages import PromptDecided
-from services.common.queue import DECISIONS, Consumer
+from services.common.queue import DECISIONS, Consumer, unanswered
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Base, Stages
 from services.trainer.settings import TrainerSettings
@@ -73,10 +72,6 @@ def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float 
             await redis.aclose()
 
     async def ready() -> str | None:
-        try:
-            await redis.ping()
-        except RedisError as error:
-            return f"the queue server does not answer: {error}"
-        return state.get("waiting")
+        return await unanswered(redis) or state.get("waiting")
 
     return common.create_app("trainer", settings, lifespan, ready)

@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 
 from services.common.job_store import Job, JobStore, new_job_id
 from services.common.jobs import JobSpec, JobState
-from services.common.queue import count_field, job_key
+from services.common.queue.keys import count_field, job_key
 from sipo.errors import Conflict, NotFound
 
 SPEC = JobSpec(policy="demo", max_prompts=3)

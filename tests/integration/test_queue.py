@@ -24,14 +24,13 @@ from services.common.queue import (
     PROMPTS,
     Consumer,
     Delivery,
-    Depth,
-    Handler,
     Queue,
     consuming,
-    dead,
     each,
-    job_key,
 )
+from services.common.queue.consumer import Handler
+from services.common.queue.keys import dead, job_key
+from services.common.queue.streams import Depth
 from services.common.valkey import server
 from sipo.errors import InvalidRequest, Unavailable
 from sipo.preferences import Example
@@ -271,7 +270,7 @@ async def test_a_message_that_cannot_be_read_is_dead_at_once_and_whole(redis: Re
 
 
 async def test_unavailable_hands_back_uncounted_and_waits(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.common.queue.UNAVAILABLE_WAIT", (0.05, 0.2))
+    monkeypatch.setattr("services.common.queue.consumer.UNAVAILABLE_WAIT", (0.05, 0.2))
     await Queue(redis).put(PROMPTS, queued(0))
     await Queue(redis).put(PROMPTS, queued(1))
     seen: list[tuple[float, list[int]]] = []
@@ -292,7 +291,7 @@ async def test_unavailable_hands_back_uncounted_and_waits(redis: Redis, monkeypa
 
 
 async def test_each_gives_every_delivery_its_own_end(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.common.queue.UNAVAILABLE_WAIT", (0.05, 0.2))
+    monkeypatch.setattr("services.common.queue.consumer.UNAVAILABLE_WAIT", (0.05, 0.2))
     for i in range(3):
         await Queue(redis).put(PROMPTS, queued(i))
     seen: Counter[str] = Counter()

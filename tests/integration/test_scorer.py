@@ -16,7 +16,8 @@ from redis.asyncio import Redis
 from transformers import PreTrainedTokenizerFast
 
 from services.common.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import CANDIDATES, DECISIONS, Queue, connect, dead
+from services.common.queue import CANDIDATES, DECISIONS, Queue, connect
+from services.common.queue.keys import dead
 from services.scorer.app import create_app
 from services.scorer.scoring import Scorer
 from services.scorer.settings import ScorerSettings

@@ -16,7 +16,8 @@ from gateway.worker import create_app
 from gateway.worker_settings import WorkerSettings
 from services.common.clients import DecoderClient, ReviewerClient
 from services.common.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Queue, connect, dead
+from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Queue, connect
+from services.common.queue.keys import dead
 from services.reviewer.app import create_app as create_reviewer
 from services.reviewer.settings import ReviewerSettings
 from sipo.preferences import Example, format_weights, sampling_weights

@@ -1,23 +1,4 @@
-"""The queue between the services, on Redis Streams: bounded, at least once, handed on exactly once.
-
-    queue = Queue(redis)
-    await queue.feed(message, position=7)                       # the gateway: adds, and moves the job's cursor from 7 to 8
-
-    async def generate(delivery: Delivery[PromptQueued]) -> None:
-        await delivery.done(CANDIDATES, await make_candidates(delivery.message), counts={"sampled": 1})
-
-    await Consumer(redis, PROMPTS, model=PromptQueued, on_dead=as_failed).run(each(generate))
-
-A message is in one stream at a time. A consumer that takes one holds it by heartbeats; when they cease, another takes it
-over. What ends the holding is one script, HAND_OVER: if the message is still the consumer's and there is room in the next
-stream, the follow-up is added, the message deleted and the job's counts moved, all or nothing. Unavailable is not failure:
-such a message goes back uncounted, and the consumer waits before it takes more. Other errors, and crashes, count as tries; a
-message that was tried is retried alone, so that it takes no neighbours with it; after `max_tries` it goes to the stream of
-dead messages with the reason. Messages of jobs that have ended are dropped, when taken and when handed over.
-
-Key names and scripts of queue and jobs are here; only services.common.job_store uses them too. What messages mean is not
-known here.
-"""
+"""The side of those who handle messages: take, hold by heartbeats, and end in exactly one way."""
 
 from __future__ import annotations
 
@@ -25,249 +6,41 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
 import structlog
-from prometheus_client import Counter, Gauge, Histogram
-from pydantic import BaseModel, ValidationError
+from prometheus_client import Counter, Histogram
+from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.common.jobs import JobState
-from services.common.messages import PromptDecided, PromptQueued, PromptSampled
+from services.common.messages import Message
+from services.common.queue.keys import CAPACITY, GROUP, count_field, dead, job_key
+from services.common.queue.scripts import ENDED, HAND_OVER, HOLD, LEAVE, TAKE_OVER
+from services.common.queue.streams import DeadLetter
 from sipo.errors import SipoError, Unavailable
 
-PROMPTS = "sipo:prompts"
-CANDIDATES = "sipo:candidates"
-DECISIONS = "sipo:decisions"
-STREAMS = (PROMPTS, CANDIDATES, DECISIONS)
-
-JOBS = "sipo:jobs"  # sorted set of job ids by time of creation
-GROUP = "sipo"  # one group a stream: what it has handled is deleted
-CAPACITY = 256  # messages in a stream; a message of candidates has some 20 kB
 UNAVAILABLE_WAIT = (0.5, 15.0)  # seconds: the first wait when something is unavailable, doubled up to the second
 POLL = 0.5  # seconds between looks for messages that others hold no more
-ABSENT = 3600.0  # seconds after which a consumer without messages is forgotten
-
-
-def dead(stream: str) -> str:
-    return f"{stream}:dead"
-
-
-def job_key(job: str) -> str:
-    """A job's hash: JSON values by field, `state` and the counts (see count_field) plain."""
-    return f"sipo:job:{job}"
-
-
-def count_field(round_: int | str, name: str) -> str:
-    """Counts are kept by round, so that a new round begins at 0. `queued` is also the round's feed cursor."""
-    return f"count:{round_}:{name}"
-
-
-def lease_keys(name: str) -> tuple[str, str]:
-    """(who holds it: a token; the last token given)"""
-    return f"sipo:lease:{name}", f"sipo:lease:{name}:token"
-
-
-ENDED = frozenset(state.value for state in JobState if state.ended)
-ENDED_LUA = "{" + ", ".join(f"{state} = true" for state in sorted(ENDED)) + "}"
 UNBOUNDED = 2**53  # a capacity: dead messages are never refused
-
-# KEYS stream; ARGV capacity, body -> 1, or 0 if there is no room
-PUT = """
-if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then return 0 end
-redis.call('XADD', KEYS[1], '*', 'data', ARGV[2])
-return 1
-"""
-
-# KEYS prompts, job; ARGV capacity, body, round, cursor field, expected position -> fed | full | moved | closed
-FEED = """
-local job = redis.call('HMGET', KEYS[2], 'state', 'round', ARGV[4])
-if job[1] ~= 'generating' or job[2] ~= ARGV[3] then return 'closed' end
-if (job[3] or '0') ~= ARGV[5] then return 'moved' end
-if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then return 'full' end
-redis.call('XADD', KEYS[1], '*', 'data', ARGV[2])
-redis.call('HINCRBY', KEYS[2], ARGV[4], 1)
-return 'fed'
-"""
-
-# KEYS stream, job, targets…; ARGV group, consumer, entry, capacity and body of each target…, field and increment of each count…
-# -> done | lost (the claim is another's now) | dropped (the job has ended) | full
-HAND_OVER = f"""
-local group, consumer, entry = ARGV[1], ARGV[2], ARGV[3]
-if #redis.call('XPENDING', KEYS[1], group, entry, entry, 1, consumer) == 0 then return 'lost' end
-local ended = {ENDED_LUA}
-local dropped = ended[redis.call('HGET', KEYS[2], 'state')]
-if not dropped then
-  for i = 3, #KEYS do
-    if redis.call('XLEN', KEYS[i]) >= tonumber(ARGV[2 * i - 2]) then return 'full' end
-  end
-  for i = 3, #KEYS do redis.call('XADD', KEYS[i], '*', 'data', ARGV[2 * i - 1]) end
-  for i = 2 * #KEYS, #ARGV, 2 do redis.call('HINCRBY', KEYS[2], ARGV[i], ARGV[i + 1]) end
-end
-redis.call('XACK', KEYS[1], group, entry)
-redis.call('XDEL', KEYS[1], entry)
-return dropped and 'dropped' or 'done'
-"""
-
-# Takes over what nobody holds: one message that was tried before, alone, or else up to so many that were only handed back.
-# KEYS stream; ARGV group, consumer, visibility in ms, how many -> [[entry, fields, tries], …]
-TAKE_OVER = """
-local group, consumer, idle = ARGV[1], ARGV[2], ARGV[3]
-local taken = {}
-for _, pending in ipairs(redis.call('XPENDING', KEYS[1], group, 'IDLE', idle, '-', '+', ARGV[4])) do
-  local entry, tried = pending[1], pending[4]
-  if tried > 0 and #taken > 0 then break end
-  for _, claimed in ipairs(redis.call('XCLAIM', KEYS[1], group, consumer, idle, entry)) do
-    table.insert(taken, {claimed[1], claimed[2], tried + 1})
-  end
-  if tried > 0 then break end
-end
-return taken
-"""
-
-# Sets how long messages have been left alone, if they are still the consumer's: 0 holds them, the visibility gives them back.
-# KEYS stream; ARGV group, consumer, ms, tries ('' leaves them), entries… -> entries that are another's now
-HOLD = """
-local lost = {}
-for i = 5, #ARGV do
-  if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2]) == 0 then
-    table.insert(lost, ARGV[i])
-  elseif ARGV[4] == '' then
-    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'IDLE', ARGV[3], 'JUSTID')
-  else
-    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'IDLE', ARGV[3], 'RETRYCOUNT', ARGV[4], 'JUSTID')
-  end
-end
-return lost
-"""
-
-# Deleting a consumer forgets what it holds, so only one that holds nothing goes. KEYS stream; ARGV group, consumer
-LEAVE = """
-if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) == 0 then
-  redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
-end
-"""
-
-# KEYS stream, dead; ARGV capacity, entry, body -> 1, or 0 if another was faster or there is no room
-REQUEUE = """
-if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) or redis.call('XDEL', KEYS[2], ARGV[2]) == 0 then return 0 end
-redis.call('XADD', KEYS[1], '*', 'data', ARGV[3])
-return 1
-"""
 
 MESSAGES = Counter("sipo_queue_messages", "Deliveries by how they ended", ["stream", "outcome"])
 BATCH_SECONDS = Histogram(
     "sipo_queue_batch_seconds", "Time a batch was handled", ["stream"], buckets=(0.01, 0.1, 0.5, 2, 10, 60, 300)
 )
-DEPTH = Gauge("sipo_queue_depth", "Messages in a stream, by where they are", ["stream", "place"])
-
 log = structlog.get_logger(__name__)
 
-Message = PromptQueued | PromptSampled | PromptDecided
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 P = ParamSpec("P")
-Fed = Literal["fed", "full", "moved", "closed"]
 FollowUp = tuple[str, Message]
 Target = tuple[str, int, str]  # stream, its capacity, body
-
-
-class DeadLetter(BaseModel):
-    """A message that could not be handled, as it lay in `stream`, and why."""
-
-    stream: str
-    data: str
-    reason: str
-    tries: int
-
-
-class Depth(NamedTuple):
-    waiting: int
-    held: int
-    dead: int
-
-
-def connect(url: str) -> Redis:
-    """A client for everything here. protocol=2, because stream replies have another shape in version 3."""
-    client: Redis = Redis.from_url(url, decode_responses=True, protocol=2)
-    return client
-
-
-class Queue:
-    """The side of producers and operators."""
-
-    def __init__(self, redis: Redis, capacity: int = CAPACITY) -> None:
-        self.redis = redis
-        self.capacity = capacity
-        self._put, self._feed, self._leave, self._requeue = map(redis.register_script, (PUT, FEED, LEAVE, REQUEUE))
-
-    async def put(self, stream: str, message: Message) -> None:
-        """Adds a message; waits while the stream is full."""
-        while not await self._put(keys=[stream], args=[self.capacity, message.model_dump_json()]):  # noqa: ASYNC110, room is elsewhere
-            await asyncio.sleep(0.1)
-
-    async def feed(self, message: PromptQueued, position: int) -> Fed:
-        """Adds the round's prompt number `position` (from 0), if that is the next one, and moves the job's cursor past it.
-
-        "moved": another feeder was faster, read the job again; "closed": the job is not generating (or not this round).
-        """
-        body = message.model_dump_json()
-        args: list[str | int] = [self.capacity, body, message.round, count_field(message.round, "queued"), position]
-        return cast(Fed, await self._feed(keys=[PROMPTS, job_key(message.job)], args=args))
-
-    async def dead(self, stream: str) -> list[tuple[str, DeadLetter]]:
-        """The dead messages of a stream by their entry, oldest first."""
-        entries = cast(list[tuple[str, dict[str, str]]], await self.redis.xrange(dead(stream)))
-        return [(entry, DeadLetter.model_validate_json(fields["data"])) for entry, fields in entries]
-
-    async def requeue(self, stream: str, entries: Iterable[str] | None = None) -> int:
-        """Puts dead messages back, untried: those of `entries`, or all. Returns how many went (room permitting)."""
-        chosen = None if entries is None else set(entries)
-        moved = 0
-        for entry, letter in await self.dead(stream):
-            if chosen is None or entry in chosen:
-                moved += await self._requeue(keys=[stream, dead(stream)], args=[self.capacity, entry, letter.data])
-        return moved
-
-    async def depths(self) -> dict[str, Depth]:
-        """How much lies where; also sets the gauges."""
-        depths = {}
-        for stream in STREAMS:
-            held = sum(group["pending"] for group in await _stream_info(self.redis.xinfo_groups(stream)))
-            depth = Depth(await self.redis.xlen(stream) - held, held, await self.redis.xlen(dead(stream)))
-            for place, number in depth._asdict().items():
-                DEPTH.labels(stream, place).set(number)
-            depths[stream] = depth
-        return depths
-
-    async def tend(self, interval: float = 15.0) -> None:
-        """Runs until cancelled: keeps the gauges current and forgets consumers that are gone."""
-        while True:
-            with suppress(RedisConnectionError, RedisTimeoutError):
-                await self.depths()
-                await self.forget_absent()
-            await asyncio.sleep(interval)
-
-    async def forget_absent(self, absent: float = ABSENT) -> None:
-        for stream in STREAMS:
-            for group in await _stream_info(self.redis.xinfo_groups(stream)):
-                for consumer in await _stream_info(self.redis.xinfo_consumers(stream, group["name"])):
-                    if consumer["idle"] >= absent * 1000:
-                        await self._leave(keys=[stream], args=[group["name"], consumer["name"]])
-
-
-async def _stream_info(asked: Awaitable[Any]) -> list[dict[str, Any]]:
-    try:
-        return cast(list[dict[str, Any]], await asked)
-    except ResponseError:  # no such stream yet
-        return []
 
 
 @dataclass(eq=False)

@@ -1,0 +1,31 @@
+"""What things are called in Redis. services.common.job_store uses the job's keys too."""
+
+from __future__ import annotations
+
+PROMPTS = "sipo:prompts"
+CANDIDATES = "sipo:candidates"
+DECISIONS = "sipo:decisions"
+STREAMS = (PROMPTS, CANDIDATES, DECISIONS)
+
+JOBS = "sipo:jobs"  # sorted set of job ids by time of creation
+CAPACITY = 256  # messages in a stream; a message of candidates has some 20 kB
+GROUP = "sipo"  # one group a stream: what it has handled is deleted
+
+
+def dead(stream: str) -> str:
+    return f"{stream}:dead"
+
+
+def job_key(job: str) -> str:
+    """A job's hash: JSON values by field, `state` and the counts (see count_field) plain."""
+    return f"sipo:job:{job}"
+
+
+def count_field(round_: int | str, name: str) -> str:
+    """Counts are kept by round, so that a new round begins at 0. `queued` is also the round's feed cursor."""
+    return f"count:{round_}:{name}"
+
+
+def lease_keys(name: str) -> tuple[str, str]:
+    """(who holds it: a token; the last token given)"""
+    return f"sipo:lease:{name}", f"sipo:lease:{name}:token"
