@@ -61,7 +61,10 @@ class CompletionRequest(GenerationRequest):
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
-    """An answer at the caller's preference weights (top-level `preference_weights`, or within the model name)."""
+    """An answer at the caller's preference weights (top-level `preference_weights`, or within the model name).
+
+    Policies that were trained with a system text get it, unless the caller gives one.
+    """
     if not any(message.get("content") for message in body.messages):
         raise InvalidRequest("the prompt is empty: no message has any content", param="messages")
     return await _answer(body, request)
@@ -87,6 +90,8 @@ async def _answer(body: GenerationRequest, request: Request) -> Response:
     onward = {name: value for name, value in fields.items() if name in PASSED_ON} | {"model": body.model, "priority": 0}
     if target.policy_set is not None:
         onward |= {"model": target.policy_set.id, "policy_set": target.policy_set.id, "preference_weights": target.weights}
+        if isinstance(body, ChatRequest):
+            onward["messages"] = target.policy_set.manifest.prompt_format.with_system(body.messages)
     headers = {"x-request-id": request.state.request_id}
     upstream = gateway.decoder.build_request("POST", request.url.path, json=onward, headers=headers)
     return await _forward(gateway.decoder, upstream, request)

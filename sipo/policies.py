@@ -15,7 +15,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ from sipo.prompts import PromptFormat
 POLICY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 BASE = "base"
 """Not a set: the name under which the model without any adapter is asked for."""
+
+ASIDE = ".new-"
+ABANDONED = 3600.0
+"""Seconds after which a set that is still aside is nobody's."""
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -183,7 +189,8 @@ class PolicyStore:
             raise InvalidRequest(f"a policy set needs one adapter for each of two or more objectives, got {', '.join(adapters)}")
         home = self.root / draft.name
         home.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=home, prefix=".new-"))
+        _sweep(home)
+        aside = Path(tempfile.mkdtemp(dir=home, prefix=ASIDE))
         try:
             refs = {objective: _copy_adapter(source, aside / objective, base) for objective, source in adapters.items()}
             while True:
@@ -234,6 +241,14 @@ def _copy_adapter(source: Path, target: Path, base: Path) -> AdapterRef:
     for name in _ADAPTER_FILES:
         shutil.copyfile(source / name, target / name)
     return AdapterRef(sha256=adapter_sha256(target), rank=max(a.shape[0] for a, _ in adapter.modules.values()))
+
+
+def _sweep(home: Path) -> None:
+    """Removes what publishers that were killed left half-made; nobody publishes for so long."""
+    for left in home.glob(f"{ASIDE}*"):
+        with suppress(FileNotFoundError):  # its publisher lives, and has just finished
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left)
 
 
 def _sync(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -52,8 +52,13 @@ class PromptFormat(BaseModel):
     def messages(self, prompt: str) -> list[ChatMessage]:
         """The conversation that a chat server is asked with; `kind` must be chat."""
         assert self.kind == "chat"
-        system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return [*system, {"role": "user", "content": prompt}]
+        return self.with_system([{"role": "user", "content": prompt}])
+
+    def with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A caller's conversation as the policies know conversations: with their system text, unless it has one of its own."""
+        if self.system is None or any(message.get("role") in ("system", "developer") for message in messages):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
 
     def request(self, prompt: str) -> list[ChatMessage] | str:
         """What an OpenAI server is asked with: chat messages, or one text for its completions route."""

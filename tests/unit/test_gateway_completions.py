@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from gateway.app import create_app
 from gateway.settings import GatewaySettings
+from sipo.prompts import PromptFormat
 from tests.fakes import FakeDecoder, write_policy_set
 
 MESSAGES = [{"role": "user", "content": "How do I boil an egg?"}]
@@ -62,6 +63,16 @@ async def test_weights_reach_the_decoder_normalised_in_the_sets_order(
     assert list(weights) == ["concise", "warm"]
     assert weights["concise"] == pytest.approx(0.7, abs=1e-4)
     assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
+
+
+async def test_policies_with_a_system_text_get_it(gateway: httpx.AsyncClient, decoder: FakeDecoder, tmp_path: Path) -> None:
+    kind = PromptFormat(system="be kind")
+    write_policy_set(tmp_path / "policies", "kind:1", ["concise", "warm"], current=True, prompt_format=kind)
+    assert (await ask(gateway, model="kind")).status_code == 200
+    assert decoder.bodies[0]["messages"] == [{"role": "system", "content": "be kind"}, *MESSAGES]
+    own = [{"role": "system", "content": "be brief"}, *MESSAGES]
+    assert (await ask(gateway, model="kind", messages=own)).status_code == 200
+    assert decoder.bodies[1]["messages"] == own
 
 
 async def test_the_base_model_is_asked_without_weights(gateway: httpx.AsyncClient, decoder: FakeDecoder) -> None:

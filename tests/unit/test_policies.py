@@ -192,3 +192,14 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_set_current_and_every_se
         step += 1
     assert step > 10, "the kills must have covered every write"
     assert store.get("demo").id == _whole(store)[-1].id
+
+
+def test_what_a_killed_publisher_left_is_removed_when_it_is_old(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    store.publish(draft(), adapters, base)
+    old, young = store.root / "demo" / ".new-old", store.root / "demo" / ".new-young"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "half").touch()
+    os.utime(old, (1, 1))
+    store.publish(draft(), adapters, base)
+    assert not old.exists() and young.exists()

@@ -35,6 +35,16 @@ def test_a_chat_prompt_goes_through_the_template_with_the_system_text() -> None:
     assert words(ids) == "<system> be kind <end> <user> hello <end> <assistant>"
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_conversation_gets_the_system_text_unless_it_has_its_own(role: str) -> None:
+    prompt_format = PromptFormat.of(make_tokenizer(), system="be kind")
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}]
+    assert prompt_format.with_system(talk) == [{"role": "system", "content": "be kind"}, *talk]
+    own = [{"role": role, "content": "be brief"}, *talk]
+    assert prompt_format.with_system(own) == own
+    assert PromptFormat.of(make_tokenizer()).with_system(talk) == talk
+
+
 def test_a_model_without_a_template_gets_a_raw_format() -> None:
     tokenizer = make_tokenizer(None)
     prompt_format = PromptFormat.of(tokenizer)
