@@ -19,6 +19,7 @@ from gateway.settings import GatewaySettings
 from services.common import app as common
 from services.common.job_store import JobStore
 from services.common.queue import Queue, unanswered
+from services.common.tasks import end_tasks
 from sipo.errors import Unavailable
 from sipo.policies import PolicyStore
 
@@ -33,9 +34,7 @@ def create_app(settings: GatewaySettings, decoder: httpx.AsyncClient, redis: Red
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         beside = [asyncio.create_task(feeder.run()), asyncio.create_task(queue.tend())]
         yield
-        for task in beside:
-            task.cancel()
-        await asyncio.wait(beside)
+        await end_tasks(*beside)
         await decoder.aclose()
         await redis.aclose()
 

@@ -15,6 +15,7 @@ from services.common import app as common
 from services.common.job_store import JobStore
 from services.common.messages import PromptDecided
 from services.common.queue import DECISIONS, Consumer, unanswered
+from services.common.tasks import end_tasks
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Base, Stages
 from services.trainer.settings import TrainerSettings
@@ -67,8 +68,7 @@ def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float 
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait({task})
+            await end_tasks(task)
             await redis.aclose()
 
     async def ready() -> str | None:

@@ -18,6 +18,7 @@ from services.common.job_store import Job, JobStore, Lease
 from services.common.jobs import JobState
 from services.common.messages import PromptDecided
 from services.common.queue import Delivery
+from services.common.tasks import end_tasks
 from services.trainer.decisions import DECISIONS, DecisionLog
 from services.trainer.rounds import REPORT, Stages, why_nothing_was_accepted
 from sipo.errors import Conflict, SipoError, Unavailable
@@ -51,16 +52,13 @@ class Lifecycle:
                 for job in reversed(jobs):  # the oldest first
                     task = following.get(job.id)
                     if task is not None and (task.done() or job.state == JobState.CANCELLED):
-                        task.cancel()
-                        await asyncio.wait({task})
+                        await end_tasks(task)
                         del following[job.id]
                     if job.id not in following and not job.state.ended:
                         following[job.id] = asyncio.create_task(self._follow_safely(job))
                 await asyncio.sleep(POLL)
         finally:
-            for task in following.values():
-                task.cancel()
-            await asyncio.gather(*following.values(), return_exceptions=True)
+            await end_tasks(*following.values())
 
     async def keep(self, batch: list[Delivery[PromptDecided]]) -> None:
         """Handles deliveries of sipo:decisions: on disk first, then counted, then acknowledged."""

@@ -96,7 +96,7 @@ async def test_routes_that_would_name_no_mixture_do_not_exist(served_decoder: Se
 
 async def test_a_published_set_becomes_the_default_while_requests_run_on_the_old_one(served_decoder: ServedDecoder) -> None:
     old = served_decoder.publish("moving", seed=1)
-    ask = {"model": "moving", "preference_weights": WEIGHTS, "messages": MESSAGES, "max_tokens": 60, "ignore_eos": True}
+    ask = {"model": "moving", "preference_weights": WEIGHTS, "messages": MESSAGES, "max_tokens": 32, "ignore_eos": True}
     before = (await served_decoder.post("/v1/chat/completions", **ask)).json()["choices"][0]["message"]["content"]
 
     chunks: list[dict[str, Any]] = []
@@ -142,7 +142,7 @@ async def test_the_prefix_cache_is_shared_across_weights_and_changes_no_answer(
 ) -> None:
     """MOD at two weights, two soups, one policy and the base, on one prompt of several cache blocks. Only the two MOD requests,
     whose keys and values are the same, may share; a salt of the caller's own makes a request start from nothing."""
-    prompt = served_decoder.tokenizer("The fox and the crow went to the market. " * 40)["input_ids"]
+    prompt = served_decoder.tokenizer("The fox and the crow went to the market. " * 12)["input_ids"]
     requests: list[dict[str, Any]] = [
         {"preference_weights": WEIGHTS},
         {"preference_weights": {"concise": 0.2, "warm": 0.8}},

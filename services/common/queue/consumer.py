@@ -24,6 +24,7 @@ from services.common.messages import Message
 from services.common.queue.keys import CAPACITY, GROUP, count_field, dead, job_key
 from services.common.queue.scripts import ENDED, HAND_OVER, HOLD, LEAVE, TAKE_OVER
 from services.common.queue.streams import DeadLetter
+from services.common.tasks import end_tasks
 from sipo.errors import SipoError, Unavailable
 
 UNAVAILABLE_WAIT = (0.5, 15.0)  # seconds: the first wait when something is unavailable, doubled up to the second
@@ -180,7 +181,7 @@ class Consumer(Generic[M]):
         except Unavailable as error:  # only while stopping
             log.info("stopped while waiting", stream=self.stream, reason=error.message)
         finally:
-            heartbeat.cancel()
+            await end_tasks(heartbeat)
             with suppress(RedisError, Unavailable):
                 await self._depart()
 
