@@ -9,6 +9,7 @@ from gateway.settings import GatewaySettings
 from services.common import logging
 from services.common.app import serve
 from services.common.queue import connect
+from services.common.replicas import replica_client
 from services.common.settings import load
 
 
@@ -18,5 +19,5 @@ def main() -> None:
     # A long answer says nothing until it is done, and how many callers there are is not ours to limit: the decoder queues.
     timeout = httpx.Timeout(None, connect=5)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    decoder = httpx.AsyncClient(base_url=settings.decoder_url, timeout=timeout, limits=limits)
+    decoder = replica_client(settings.decoder_url, timeout=timeout, limits=limits)
     serve(create_app(settings, decoder, connect(settings.redis_url)), settings.host, settings.gateway_port)

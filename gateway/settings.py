@@ -9,4 +9,6 @@ from services.common.settings import CommonSettings, Port
 
 class GatewaySettings(CommonSettings):
     gateway_port: Port = 8000
-    decoder_url: str = Field(default="http://127.0.0.1:8001", description="where completions are made")
+    decoder_url: str = Field(
+        default="http://127.0.0.1:8001", description="where completions are made; several, separated by commas, share the work"
+    )

@@ -9,6 +9,8 @@ from services.common.settings import CommonSettings, Port
 
 class WorkerSettings(CommonSettings):
     worker_port: Port = 8005
-    decoder_url: str = Field(default="http://127.0.0.1:8001", description="where responses are sampled")
+    decoder_url: str = Field(
+        default="http://127.0.0.1:8001", description="where responses are sampled; several, separated by commas, share the work"
+    )
     reviewer_url: str = Field(default="http://127.0.0.1:8002", description="where they are reviewed and rewritten")
     worker_prompts: int = Field(default=4, ge=1, description="prompts in work at a time; the weights of a prompt go at once anyway")

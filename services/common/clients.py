@@ -14,6 +14,7 @@ from typing import Any, NotRequired, Self, TypedDict, Unpack
 
 import httpx
 
+from services.common.replicas import replica_client
 from sipo.errors import Conflict, InvalidRequest, NotFound, SipoError, Unavailable
 from sipo.preferences import Weights
 
@@ -33,14 +34,17 @@ class Completion:
 
 
 class ServiceClient:
-    """`name` is how errors call the service."""
+    """`name` is how errors call the service; `url` may be several of equal servers, separated by commas."""
 
     name: str
 
     def __init__(self, url: str, *, timeout: httpx.Timeout = TIMEOUT, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.url = url
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)  # the service queues, not the client
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, transport=transport, limits=limits)
+        if transport is None:
+            self._http = replica_client(url, timeout=timeout, limits=limits)
+        else:
+            self._http = httpx.AsyncClient(base_url=url, timeout=timeout, transport=transport)
 
     async def __aenter__(self) -> Self:
         return self

@@ -12,7 +12,8 @@ class ReviewerSettings(CommonSettings):
     decoder_url: str = Field(
         default="http://127.0.0.1:8001",
         validation_alias=AliasChoices(f"{PREFIX}REVIEWER_DECODER_URL", f"{PREFIX}DECODER_URL", "decoder_url"),
-        description="where reviews and rewrites are written; SIPO_REVIEWER_DECODER_URL if it is not the decoder of the answers",
+        description="where reviews and rewrites are written, one or several as for the gateway; SIPO_REVIEWER_DECODER_URL if it is "
+        "not the decoder of the answers",
     )
     reviewer_templates: Folder | None = Field(
         default=None, description="a folder of template files (*.yaml), used before the shipped ones of the same objectives"
