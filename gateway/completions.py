@@ -36,7 +36,9 @@ VLLM = """
     echo ignore_eos include_stop_str_in_output length_penalty min_p min_tokens repetition_penalty return_token_ids
     skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs top_k truncate_prompt_tokens
 """
-PASSED_ON = frozenset(["mode", *OPENAI.split(), *VLLM.split()])  # mode: our decoder's; how the policies are mixed
+DECODER = "coefficients mixing mixing_alpha mode"
+"""How the policies are mixed: our decoder's own fields, which it checks."""
+PASSED_ON = frozenset([*DECODER.split(), *OPENAI.split(), *VLLM.split()])
 OURS = frozenset({"model", "preference_weights", "policy_set", "priority", "prompt_logprobs"})
 
 
@@ -89,7 +91,9 @@ async def _answer(body: GenerationRequest, request: Request) -> Response:
         log.debug("fields ignored", fields=ignored)
     onward = {name: value for name, value in fields.items() if name in PASSED_ON} | {"model": body.model, "priority": 0}
     if target.policy_set is not None:
-        onward |= {"model": target.policy_set.id, "policy_set": target.policy_set.id, "preference_weights": target.weights}
+        onward |= {"model": target.policy_set.id, "policy_set": target.policy_set.id}
+        if target.weights is not None:
+            onward["preference_weights"] = target.weights
         if isinstance(body, ChatRequest):
             onward["messages"] = target.policy_set.manifest.prompt_format.with_system(body.messages)
     headers = {"x-request-id": request.state.request_id}

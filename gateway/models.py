@@ -48,7 +48,8 @@ def get_model(model: str, request: Request) -> Model:
     target = resolve_target(policies, model, None)
     if target.policy_set is None:
         return _base(request)
-    return _describe(policies, target.policy_set, model).model_copy(update={"default_weights": target.weights})
+    described = _describe(policies, target.policy_set, model)
+    return described if target.weights is None else described.model_copy(update={"default_weights": target.weights})
 
 
 def _policies(policies: PolicyStore) -> Iterator[Model]:

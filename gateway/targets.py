@@ -1,4 +1,4 @@
-"""Which policies, at which weights, a request asks for: the model names of the API and their default weights.
+"""Which policies, at which weights, a request asks for: the model names of the API.
 
 A model name is a policy name ("demo": its current set), a set's id ("demo:2"), either with weights appended
 ("demo@helpful=0.7,harmless=0.3"), or "base" for the base model unmixed. Nothing here knows HTTP.
@@ -16,14 +16,14 @@ from sipo.preferences import Weights, normalize_weights, parse_weights
 
 @dataclass(frozen=True)
 class Target:
-    """What will answer: a policy set at weights over all its objectives, or (both None) the base model alone."""
+    """What will answer: a policy set, at weights over all its objectives or (None) its default ones; or the base model alone."""
 
     policy_set: PolicySet | None
     weights: Weights | None
 
 
 def resolve_target(policies: PolicyStore, model: str, weights: Mapping[str, float] | None) -> Target:
-    """The set and the weights that `model` and `preference_weights` mean together; no weights mean the set's default.
+    """The set and the weights that `model` and `preference_weights` mean together.
 
     Raises NotFound for an unknown name, and InvalidWeights for weights that do not fit the set, or that are given twice.
     """
@@ -42,5 +42,5 @@ def resolve_target(policies: PolicyStore, model: str, weights: Mapping[str, floa
     except NotFound as error:
         raise NotFound(error.message, param="model") from error
     if weights is None:
-        return Target(policy_set, policy_set.default_weights)
+        return Target(policy_set, None)
     return Target(policy_set, normalize_weights(weights, policy_set.objectives, param=param))

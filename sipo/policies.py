@@ -29,6 +29,7 @@ from sipo.preferences import Weights, uniform_weights
 from sipo.prompts import PromptFormat
 
 POLICY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+VERSION = re.compile(r"[0-9]{1,9}")
 BASE = "base"
 """Not a set: the name under which the model without any adapter is asked for."""
 
@@ -149,7 +150,7 @@ class PolicyStore:
                 raise NotFound(f"no current policy set named {name!r}: {hint}", param="policy_set")
             return current
         folder = self.root / name / version
-        if not POLICY_NAME.fullmatch(name) or not version.isdecimal() or not folder.is_dir():
+        if not POLICY_NAME.fullmatch(name) or not VERSION.fullmatch(version) or not folder.is_dir():
             known = ", ".join(f"{n}:{v}" for n in self.names() for v in self._versions(n)) or "none yet"
             raise NotFound(f"no policy set {reference!r}: known sets are {known}", param="policy_set")
         return self._read(folder)

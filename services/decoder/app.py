@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,12 +65,12 @@ def create_app(settings: DecoderSettings, open_engine: OpenEngine) -> FastAPI:
     @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
     async def complete(request: Request, fields: ChoiceFields) -> Response:
-        """OpenAI's request and reply as vLLM has them, and `preference_weights`, `policy_set` and `mode`."""
+        """OpenAI's request and reply as vLLM has them, and the fields of ChoiceFields."""
         decoder: Decoder | None = app.state.decoder
         if decoder is None:
             raise Unavailable("the decoder is still loading the model", retry_after=1)
         body: dict[str, Any] = await request.json()
-        _check_prompt(body)
+        _check_body(body)
         choice = await asyncio.to_thread(decoder.chooser.choose, fields)
         return MixedResponse(decoder, choice, fields, body)
 
@@ -85,7 +85,7 @@ class Decoder:
         self.served_name = settings.model
         self.residents = ResidentSets(engine, settings.decoder_sets)
         store = PolicyStore(settings.data_dir / "policies")
-        self.chooser = Chooser(store, settings.model, base_sha256, settings.decoder_slots)
+        self.chooser = Chooser(store, settings, base_sha256)
 
 
 async def _run_engine(app: FastAPI, settings: DecoderSettings, open_engine: OpenEngine) -> None:
@@ -106,8 +106,10 @@ async def _run_engine(app: FastAPI, settings: DecoderSettings, open_engine: Open
         app.state.decoder = None
 
 
-def _check_prompt(body: dict[str, Any]) -> None:
-    """Empty prompts; vLLM itself refuses those that are too long."""
+def _check_body(body: dict[str, Any]) -> None:
+    """What vLLM would not refuse: empty prompts, and what it fails on."""
+    if not isinstance(body.get("structured_outputs", {}), dict | None):
+        raise InvalidRequest('structured_outputs must be an object, as {"choice": ["yes", "no"]}', param="structured_outputs")
     if "messages" in body:
         messages = body["messages"]
         if isinstance(messages, list) and not any(isinstance(message, dict) and message.get("content") for message in messages):
@@ -130,15 +132,13 @@ class MixedResponse(Response):
             "vllm_xargs": {EXTRA_ARG: choice.mixture.model_dump_json()},
         }
         self.request_body = json.dumps(onward).encode()
-        self.annotate = _Annotation(choice.effective(), decoder.served_name, fields.model or choice.effective()["policy_set"])
+        self.annotate = _Annotation(choice.effective, decoder.served_name, fields.model or choice.effective["policy_set"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        policy_set = self.choice.policy_set
-        if policy_set is None:
+        async with AsyncExitStack() as leases:
+            for policy_set in self.choice.policy_sets:
+                await leases.enter_async_context(self.decoder.residents.lease(policy_set))
             await self._answer(scope, receive, send)
-        else:
-            async with self.decoder.residents.lease(policy_set):
-                await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         unread = [{"type": "http.request", "body": self.request_body, "more_body": False}]

@@ -9,16 +9,31 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from services.decoder.residency import resident_key
-from sipo.decoding.request import BASE, MOD, Mixture, base_mixture, mixture
+from services.decoder.settings import DecoderSettings
+from sipo.decoding.request import (
+    BASE,
+    LINEAR,
+    MOD,
+    REVERSE_KL,
+    SOUP,
+    Entry,
+    Mixture,
+    base_mixture,
+    check_coefficients,
+    mixture,
+    policy_entry,
+)
 from sipo.errors import InvalidRequest
 from sipo.policies import PolicySet, PolicyStore
-from sipo.preferences import Weights, parse_weights
+from sipo.preferences import parse_weights
 
 
 class ChoiceFields(BaseModel):
     """The fields of a completion request that are ours; all others are vLLM's. For example
 
     {"model": "demo", "preference_weights": {"concise": 0.7, "warm": 0.3}}
+    {"model": "demo@concise=0.7,warm=0.3", "mixing": "alpha_divergence", "mixing_alpha": 0.5}
+    {"model": "demo", "mixing": "linear", "coefficients": {"base": 1, "warm": 1.5, "other:2/formal": -0.5}}
     """
 
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -27,28 +42,26 @@ class ChoiceFields(BaseModel):
     policy_set: str | None = None
     preference_weights: dict[str, Any] | None = None
     mode: str | None = None
+    mixing: str | None = None
+    mixing_alpha: float | None = None
+    coefficients: dict[str, Any] | None = None
     cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What answers a request: `policy_set` is None for the base, which has no weights."""
+    """What answers a request: the sets that must be in memory for it (none for the base), and the fields of every reply."""
 
     mixture: Mixture
-    policy_set: PolicySet | None
-    weights: Weights
-
-    def effective(self) -> dict[str, Any]:
-        """The fields that every reply carries."""
-        return {"policy_set": self.policy_set.id if self.policy_set else BASE, "preference_weights": self.weights}
+    policy_sets: tuple[PolicySet, ...]
+    effective: dict[str, Any]
 
 
 class Chooser:
-    def __init__(self, store: PolicyStore, base_name: str, base_sha256: str, slots: int) -> None:
+    def __init__(self, store: PolicyStore, settings: DecoderSettings, base_sha256: str) -> None:
         self._store = store
-        self._base_name = base_name
+        self._settings = settings
         self._base_sha256 = base_sha256
-        self._slots = slots
 
     def choose(self, fields: ChoiceFields) -> Choice:
         """Reads the store: a name means the set that is current at this moment. Raises the InvalidRequest family or NotFound."""
@@ -61,19 +74,79 @@ class Chooser:
         reference = fields.policy_set or name
         if not reference:
             raise InvalidRequest("name a policy as model, for example demo or demo:2", param="model")
-        if reference in (BASE, self._base_name) or fields.mode == BASE:
-            if weights is not None:
-                raise InvalidRequest("the base model has no objectives: leave out preference_weights", param="preference_weights")
-            if fields.mode not in (None, BASE):
-                raise InvalidRequest(f"mode {fields.mode!r} needs a policy set; {reference!r} is the base model", param="mode")
-            return Choice(base_mixture(), None, {})
+        policy_set = None if reference in (BASE, self._settings.model) else self._get(reference)
+        if fields.mixing == LINEAR:
+            return self._linear(policy_set, fields, weights)
+        if fields.coefficients is not None:
+            raise InvalidRequest("coefficients belong to mixing linear: leave them out, or add it", param="coefficients")
+        if policy_set is None or fields.mode == BASE:
+            return _base(fields, weights)
+        if weights is None and fields.mode in (None, MOD, SOUP):
+            weights = policy_set.default_weights
+        chosen, effective = mixture(
+            resident_key(policy_set),
+            policy_set.objectives,
+            weights,
+            fields.mode or MOD,
+            rule=fields.mixing or REVERSE_KL,
+            alpha=fields.mixing_alpha,
+        )
+        self._check_room(chosen, (policy_set,), ", or ask for mode soup")
+        shown = {"policy_set": policy_set.id, "preference_weights": effective}
+        if chosen.rule != REVERSE_KL:
+            shown["mixing"] = chosen.rule
+        return Choice(chosen, (policy_set,), shown)
+
+    def _linear(self, policy_set: PolicySet | None, fields: ChoiceFields, weights: dict[str, Any] | None) -> Choice:
+        """Free coefficients over "base", the objectives of the request's own set, and "NAME:VERSION/OBJECTIVE" of any other."""
+        if weights is not None or fields.mode is not None or fields.mixing_alpha is not None:
+            raise InvalidRequest("linear mixing has coefficients only: leave out weights, mode and mixing_alpha", param="mixing")
+        if fields.coefficients is None:
+            raise InvalidRequest('linear mixing needs coefficients, as {"base": 1, "helpful": 0.5}', param="coefficients")
+        check_coefficients(fields.coefficients, self._settings.decoder_max_coefficient)
+        used: dict[str, PolicySet] = {}
+        entries: list[Entry] = []
+        for name, coefficient in fields.coefficients.items():
+            if name == BASE:
+                entries.append(Entry(weight=coefficient))
+                continue
+            other, slash, objective = name.rpartition("/")
+            owner = self._get(other) if slash else policy_set
+            if owner is None or objective not in owner.objectives:
+                known = ", ".join([BASE, *(owner.objectives if owner else ()), "NAME:VERSION/OBJECTIVE of another set"])
+                raise InvalidRequest(f"unknown model {name!r}: coefficients are for {known}", param="coefficients")
+            used[owner.id] = owner
+            entries.append(policy_entry(resident_key(owner), owner.objectives, objective, coefficient))
+        chosen = Mixture(entries=tuple(entries), rule=LINEAR)
+        self._check_room(chosen, tuple(used.values()))
+        shown = {"policy_set": policy_set.id if policy_set else BASE, "mixing": LINEAR, "coefficients": fields.coefficients}
+        return Choice(chosen, tuple(used.values()), shown)
+
+    def _get(self, reference: str) -> PolicySet:
         policy_set = self._store.get(reference)
         policy_set.check_base(self._base_sha256)
-        chosen, effective = mixture(resident_key(policy_set), policy_set.objectives, weights, fields.mode or MOD)
-        if (needed := len(chosen.entries)) > self._slots:
+        return policy_set
+
+    def _check_room(self, chosen: Mixture, sets: tuple[PolicySet, ...], otherwise: str = "") -> None:
+        slots, models = self._settings.decoder_slots, len(chosen.entries)
+        if models > slots:
             raise InvalidRequest(
-                f"{policy_set.id} has {needed} policies to mix, this decoder has {self._slots} slots: start it with "
-                f"SIPO_DECODER_SLOTS={needed}, or ask for mode soup",
+                f"this request mixes {models} models (with mixing {chosen.rule}), this decoder has {slots} slots: start it with "
+                f"SIPO_DECODER_SLOTS={models}{otherwise}",
                 param="policy_set",
             )
-        return Choice(chosen, policy_set, effective)
+        if len(sets) > self._settings.decoder_sets:
+            raise InvalidRequest(
+                f"this request needs {len(sets)} policy sets in memory: start the decoder with SIPO_DECODER_SETS={len(sets)}",
+                param="coefficients",
+            )
+
+
+def _base(fields: ChoiceFields, weights: dict[str, Any] | None) -> Choice:
+    if weights is not None:
+        raise InvalidRequest("the base model has no objectives: leave out preference_weights", param="preference_weights")
+    if fields.mode not in (None, BASE):
+        raise InvalidRequest(f"mode {fields.mode!r} needs a policy set; {fields.model!r} is the base model", param="mode")
+    if fields.mixing is not None or fields.mixing_alpha is not None:
+        raise InvalidRequest("the base is one model, there is nothing to mix: leave out mixing", param="mixing")
+    return Choice(base_mixture(), (), {"policy_set": BASE, "preference_weights": {}})

@@ -3,7 +3,8 @@ engine in sipo.decoding.vllm computes is tested against this, token for token.""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from sipo.decoding.mixing import reverse_kl
+from sipo.decoding.mixing import Rule, mix
+from sipo.decoding.request import BASE, LINEAR, REVERSE_KL
 from sipo.preferences import normalize_weights
 
 
@@ -34,30 +36,59 @@ class ReferenceDecoder:
         weights: Mapping[str, float],
         *,
         max_tokens: int,
+        rule: Rule = REVERSE_KL,
+        alpha: float | None = None,
         end_token_ids: Sequence[int] = (),
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> list[int]:
         """The response's token ids, the end token included if one was reached. Temperature 0 is greedy, else samples are drawn from
-        the mixture with its log-probabilities divided by the temperature."""
-        w = torch.tensor(list(normalize_weights(weights, self.objectives).values()))
-        caches = {name: DynamicCache() for name in self.objectives}
+        the mixture with its log-probabilities divided by the temperature.
+
+        With the rule "linear", `weights` are free coefficients of any objectives and "base".
+        """
+        step = self._steps(weights, rule, alpha)
         response: list[int] = []
-        step = torch.tensor([list(prompt_ids)])
+        unseen = list(prompt_ids)
         while len(response) < max_tokens:
-            log_probs = torch.stack([self._next_log_probs(name, step, caches[name]) for name in self.objectives])
-            mixed = reverse_kl(log_probs, w)
+            log_probs = step(unseen)
             if temperature == 0:
-                token = int(mixed.argmax())
+                token = int(log_probs.argmax())
             else:
-                token = int(torch.multinomial(torch.softmax(mixed / temperature, dim=-1), 1, generator=generator))
+                token = int(torch.multinomial(torch.softmax(log_probs / temperature, dim=-1), 1, generator=generator))
             response.append(token)
             if token in end_token_ids:
                 break
-            step = torch.tensor([[token]])
+            unseen = [token]
         return response
 
-    def _next_log_probs(self, objective: str, step: Tensor, cache: DynamicCache) -> Tensor:
-        """log pi_i(. | x, y_<t) [vocabulary]; `step` holds the tokens that the policy's cache has not seen."""
-        self.model.set_adapter(objective)
-        return torch.log_softmax(self.model(input_ids=step, past_key_values=cache).logits[0, -1], dim=-1)
+    @torch.inference_mode()
+    def next_log_probs(
+        self, token_ids: Sequence[int], weights: Mapping[str, float], rule: Rule = REVERSE_KL, alpha: float | None = None
+    ) -> Tensor:
+        """The mixture's log-probabilities [vocabulary] of the token after these."""
+        return self._steps(weights, rule, alpha)(token_ids)
+
+    def _steps(self, weights: Mapping[str, float], rule: Rule, alpha: float | None) -> Callable[[Sequence[int]], Tensor]:
+        """A function from the tokens that it has not seen yet to the mixture's log-probabilities [vocabulary] after them."""
+        w = dict(weights) if rule == LINEAR else normalize_weights(weights, self.objectives)
+        if rule == "jensen_shannon":
+            w = {BASE: 0.0, **w}
+        caches = {name: DynamicCache() for name in w}
+
+        def step(unseen: Sequence[int]) -> Tensor:
+            ids = torch.tensor([list(unseen)])
+            log_probs = torch.stack([self._next_log_probs(name, ids, cache) for name, cache in caches.items()])
+            return mix(rule, log_probs, torch.tensor(list(w.values())), alpha)
+
+        return step
+
+    def _next_log_probs(self, name: str, unseen: Tensor, cache: DynamicCache) -> Tensor:
+        """log pi(. | x, y_<t) [vocabulary] of an objective's policy or the base; `cache` has what precedes `unseen` [1, tokens]."""
+        if name == BASE:
+            adapter = self.model.disable_adapter()
+        else:
+            adapter = nullcontext()
+            self.model.set_adapter(name)
+        with adapter:
+            return torch.log_softmax(self.model(input_ids=unseen, past_key_values=cache).logits[0, -1], dim=-1)

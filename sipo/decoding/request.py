@@ -1,4 +1,5 @@
-"""What one request asks of the decoder: a list of entries, one per slot, each a coefficient per adapter and a mixing weight.
+"""What one request asks of the decoder: a list of entries, one per slot, each a coefficient per adapter and a mixing weight, and
+the rule that mixes them.
 
 Modes are only coefficients: MOD has one entry per policy, a soup one entry with all coefficients, the base one entry without any.
 This form crosses from the HTTP layer (or the offline class) to vLLM's worker; neither side knows of the other.
@@ -7,10 +8,13 @@ This form crosses from the HTTP layer (or the offline class) to vLLM's worker; n
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sipo.decoding.mixing import Rule
 from sipo.errors import InvalidRequest
 from sipo.preferences import Weights, normalize_weights, one_hot_weights, uniform_weights
 
@@ -20,6 +24,9 @@ EXTRA_ARG = "sipo"
 MOD = "mod"
 SOUP = "soup"
 BASE = "base"
+
+REVERSE_KL: Rule = "reverse_kl"
+LINEAR: Rule = "linear"
 
 
 class Entry(BaseModel):
@@ -36,19 +43,34 @@ class Entry(BaseModel):
 
 
 class Mixture(BaseModel):
-    """One request's entries, for example MOD at 0.7 : 0.3 over the resident set "demo:1-3fa9":
+    """One request's entries and rule, for example MOD at 0.7 : 0.3 over the resident set "demo:1-3fa9":
 
     {"entries": [{"policy_set": "demo:1-3fa9", "coefficients": [1, 0], "weight": 0.7},
                  {"policy_set": "demo:1-3fa9", "coefficients": [0, 1], "weight": 0.3}]}
+
+    With the rule "jensen_shannon" the first entry is the reference, of weight 0; only "linear" may have negative weights, and
+    any sum.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     entries: tuple[Entry, ...] = Field(min_length=1)
+    rule: Rule = REVERSE_KL
+    alpha: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Self:
+        if (self.rule == "alpha_divergence") != (self.alpha is not None):
+            raise ValueError("alpha belongs to alpha_divergence, which needs it")
+        if self.rule != LINEAR and min(entry.weight for entry in self.entries) < 0:
+            raise ValueError("only linear mixing has negative weights")
+        if self.rule == "jensen_shannon" and self.entries[0].weight != 0:
+            raise ValueError("the first entry of jensen_shannon is the reference, of weight 0")
+        return self
 
     def cache_salt(self, callers: str | None = None) -> str:
-        """Keys and values depend on each slot's set and coefficients, not on the mixing weights: requests that differ only in these
-        share their prefix. `callers` is the caller's own salt, which separates further."""
+        """Keys and values depend on each slot's set and coefficients, not on rule and mixing weights: requests that differ only in
+        these share their prefix. `callers` is the caller's own salt, which separates further."""
         slots = [(entry.policy_set, entry.coefficients) for entry in self.entries]
         return hashlib.sha256(f"{slots!r} {callers!r}".encode()).hexdigest()
 
@@ -58,13 +80,21 @@ def base_mixture() -> Mixture:
 
 
 def mixture(
-    policy_set: str, objectives: Sequence[str], weights: Mapping[str, float] | None = None, mode: str = MOD
+    policy_set: str,
+    objectives: Sequence[str],
+    weights: Mapping[str, float] | None = None,
+    mode: str = MOD,
+    *,
+    rule: str = REVERSE_KL,
+    alpha: float | None = None,
 ) -> tuple[Mixture, Weights]:
     """A mode's entries over one set, and the weights in effect (uniform where none are given, one-hot for a single policy).
 
-    `mode` is "mod", "soup" (the exact weighted sum of the deltas), or an objective's name for its policy alone. Raises
-    InvalidWeights, or InvalidRequest for an unknown mode and for weights that the mode has no use for.
+    `mode` is "mod", "soup" (the exact weighted sum of the deltas), or an objective's name for its policy alone; `rule` says how MOD
+    mixes (sipo.decoding.mixing), `alpha` belongs to "alpha_divergence". Raises InvalidWeights, or InvalidRequest for an unknown
+    mode or rule and for what the mode has no use for.
     """
+    _check_mixing(mode, rule, alpha)
     if mode not in (MOD, SOUP):
         if mode not in objectives:
             known = ", ".join(repr(name) for name in (MOD, SOUP, BASE, *objectives))
@@ -74,10 +104,41 @@ def mixture(
         weights = one_hot_weights(mode, objectives)
     effective = uniform_weights(objectives) if weights is None else normalize_weights(weights, objectives)
     if mode == MOD:
-        entries = [
-            Entry(policy_set=policy_set, coefficients=tuple(one_hot_weights(name, objectives).values()), weight=weight)
-            for name, weight in effective.items()
-        ]
+        entries = [policy_entry(policy_set, objectives, name, weight) for name, weight in effective.items()]
+        if rule == "jensen_shannon":
+            entries.insert(0, Entry(weight=0.0))
     else:
         entries = [Entry(policy_set=policy_set, coefficients=tuple(effective.values()), weight=1.0)]
-    return Mixture(entries=tuple(entries)), effective
+    return Mixture.model_validate({"entries": entries, "rule": rule, "alpha": alpha}), effective
+
+
+def policy_entry(policy_set: str, objectives: Sequence[str], objective: str, weight: float) -> Entry:
+    """One policy of a resident set alone."""
+    return Entry(policy_set=policy_set, coefficients=tuple(one_hot_weights(objective, objectives).values()), weight=weight)
+
+
+def check_coefficients(coefficients: Mapping[str, Any], limit: float) -> None:
+    """Linear mixing's coefficients by model: finite numbers between -limit and limit, not all 0. Raises InvalidRequest."""
+    for name, value in coefficients.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > limit:
+            raise InvalidRequest(
+                f"the coefficient of {name!r} is {value!r}: it must be a number between {-limit:g} and {limit:g}",
+                param="coefficients",
+            )
+    if not any(coefficients.values()):
+        raise InvalidRequest('give at least one coefficient that is not 0, as {"base": 1, "helpful": 0.5}', param="coefficients")
+
+
+def _check_mixing(mode: str, rule: str, alpha: float | None) -> None:
+    rules = get_args(Rule)
+    if rule not in rules:
+        raise InvalidRequest(f"unknown mixing {rule!r}: it is one of {', '.join(rules)}", param="mixing")
+    if rule == LINEAR:
+        raise InvalidRequest("linear mixing takes coefficients instead of weights and mode", param="mixing")
+    if rule != REVERSE_KL and mode != MOD:
+        raise InvalidRequest(f"mode {mode!r} is one model, there is nothing to mix: leave out mixing", param="mixing")
+    if rule == "alpha_divergence":
+        if alpha is None or not 0 < alpha < 1:
+            raise InvalidRequest(f"mixing_alpha is {alpha!r}: alpha_divergence needs one between 0 and 1", param="mixing_alpha")
+    elif alpha is not None:
+        raise InvalidRequest("mixing_alpha belongs to mixing alpha_divergence: leave it out", param="mixing_alpha")

@@ -36,15 +36,30 @@ async def ask(gateway: httpx.AsyncClient, **body: Any) -> httpx.Response:
     return await gateway.post("/v1/chat/completions", json={"messages": MESSAGES, **body})
 
 
-async def test_a_policy_name_means_its_current_set_at_uniform_weights(gateway: httpx.AsyncClient, decoder: FakeDecoder) -> None:
+async def test_a_policy_name_means_its_current_set(gateway: httpx.AsyncClient, decoder: FakeDecoder) -> None:
     reply = await ask(gateway, model="demo")
     assert reply.status_code == 200
     [body] = decoder.bodies
     assert body["policy_set"] == "demo:1"
-    assert body["preference_weights"] == {"concise": 0.5, "warm": 0.5}
     assert body["priority"] == 0
-    assert reply.json()["preference_weights"] == {"concise": 0.5, "warm": 0.5}
     assert reply.json()["policy_set"] == "demo:1"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mode": "warm"},
+        {"mixing": "alpha_divergence", "mixing_alpha": 0.5},
+        {"mixing": "linear", "coefficients": {"base": 1, "warm": -0.5}},
+    ],
+)
+async def test_how_policies_are_mixed_is_the_decoders_to_check_and_comes_without_weights_of_ours(
+    gateway: httpx.AsyncClient, decoder: FakeDecoder, fields: dict[str, Any]
+) -> None:
+    assert (await ask(gateway, model="demo", **fields)).status_code == 200
+    [body] = decoder.bodies
+    assert "preference_weights" not in body
+    assert {name: body[name] for name in fields} == fields
 
 
 @pytest.mark.parametrize(
