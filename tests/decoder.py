@@ -49,7 +49,8 @@ class ServedDecoder:
 
     @classmethod
     @contextmanager
-    def start(cls, base: Path, workspace: Path) -> Iterator[ServedDecoder]:
+    def start(cls, base: Path, workspace: Path, **settings: str) -> Iterator[ServedDecoder]:
+        """`settings` are further SIPO_… variables."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -59,6 +60,8 @@ class ServedDecoder:
             "SIPO_DECODER_DTYPE": "float32",
             "SIPO_DECODER_MAX_MODEL_LEN": "1024",
             "SIPO_DECODER_KV_CACHE_GIB": "1",
+            "SIPO_DECODER_TOOL_PARSER": "hermes",
+            **settings,
         }
         with (workspace / "log").open("w") as log:
             process = subprocess.Popen(

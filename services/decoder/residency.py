@@ -31,21 +31,22 @@ def resident_key(policy_set: PolicySet) -> str:
 
 
 class ResidentSets:
-    """At most `capacity` sets at rest; one more for a moment while one takes another's place."""
+    """At most `capacity` sets at rest. While answers run that began on older sets, up to twice as many: a newly published set need
+    not wait until they have ended."""
 
     def __init__(self, loader: Loader, capacity: int) -> None:
         self._loader = loader
         self._capacity = capacity
         self._running: dict[str, int] = {}
         """Running requests by resident set, the set used last at the end."""
-        self._loading = asyncio.Lock()
+        self._changing = asyncio.Lock()
 
     @asynccontextmanager
     async def lease(self, policy_set: PolicySet) -> AsyncIterator[None]:
-        """Holds the set in memory, loading it first if need be. Raises Unavailable if every other one is in use."""
+        """Holds the set in memory, loading it first if need be. Raises Unavailable if too many others are in use."""
         key = resident_key(policy_set)
         if key not in self._running:
-            async with self._loading:
+            async with self._changing:
                 if key not in self._running:
                     await self._load(key, policy_set)
         self._running[key] = self._running.pop(key) + 1
@@ -53,26 +54,27 @@ class ResidentSets:
             yield
         finally:
             self._running[key] -= 1
+            await self._make_room()
 
     async def _load(self, key: str, policy_set: PolicySet) -> None:
-        victim = None
-        if len(self._running) >= self._capacity:
-            victim = next((name for name, requests in self._running.items() if not requests), None)
-            if victim is None:
-                raise Unavailable(
-                    f"{policy_set.id} is not in memory and all {self._capacity} resident policy sets have running requests: "
-                    "try again soon, or start the decoder with more SIPO_DECODER_SETS"
-                )
-            # From here on a request for the victim would load it again rather than lease what is about to go.
-            del self._running[victim]
-        try:
-            await asyncio.to_thread(policy_set.verify)
-            await self._loader.load(key, {name: policy_set.adapter_dir(name) for name in policy_set.objectives})
-        except BaseException:
-            if victim is not None:
-                self._running = {victim: 0, **self._running}
-            raise
-        if victim is not None:
-            await self._loader.unload(victim)
+        if len(self._running) >= 2 * self._capacity and all(self._running.values()):
+            raise Unavailable(
+                f"{policy_set.id} is not in memory and all {len(self._running)} resident policy sets have running requests: "
+                "try again soon, or start the decoder with more SIPO_DECODER_SETS"
+            )
+        await asyncio.to_thread(policy_set.verify)
+        await self._loader.load(key, {name: policy_set.adapter_dir(name) for name in policy_set.objectives})
         self._running[key] = 0
-        log.info("policy set loaded", policy_set=policy_set.id, unloaded=victim)
+        log.info("policy set loaded", policy_set=policy_set.id)
+
+    async def _make_room(self) -> None:
+        if len(self._running) <= self._capacity:
+            return
+        async with self._changing:
+            idle = [key for key, requests in self._running.items() if not requests]
+            for key in idle[: max(len(self._running) - self._capacity, 0)]:
+                # A request for it that comes now waits for the lock and loads it again, rather than lease what is about to go.
+                if not self._running[key]:
+                    del self._running[key]
+                    await self._loader.unload(key)
+                    log.info("policy set unloaded", policy_set=key)

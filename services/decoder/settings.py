@@ -13,12 +13,17 @@ class DecoderSettings(CommonSettings):
     host: str = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for all")
     decoder_port: Port = 8001
     decoder_slots: int = Field(default=2, ge=1, le=8, description="rows per token: how many policies one request can mix")
-    decoder_sets: int = Field(default=2, ge=1, le=16, description="policy sets in memory at a time; others are loaded on demand")
+    decoder_sets: int = Field(default=2, ge=1, le=16, description="policy sets in memory at rest; others are loaded on demand")
+    decoder_max_coefficient: float = Field(default=10, gt=0, description="bound of linear mixing's coefficients, either sign")
     decoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is bfloat16 where the processor computes in it"
     )
     decoder_max_model_len: int | None = Field(default=4096, ge=16, description="prompt and response together, in tokens")
     decoder_max_num_seqs: int = Field(default=64, ge=1, description="requests in one batch")
+    decoder_tool_parser: str | None = Field(
+        default=None, description="how the model writes calls of tools: a name of vLLM's --tool-call-parser, such as hermes"
+    )
+    decoder_tensor_parallel: int = Field(default=1, ge=1, description="devices that share the model's layers")
     decoder_threads: int = Field(default=1, ge=1, description="OpenMP threads of the engine on a CPU")
     decoder_kv_cache_gib: int = Field(default=2, ge=1, description="memory for keys and values on a CPU")
     decoder_gpu_memory: float = Field(default=0.45, gt=0, le=1, description="part of the GPU's memory that the engine may take")

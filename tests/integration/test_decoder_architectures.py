@@ -1,5 +1,6 @@
 """One mechanism serves several architectures: tiny random models of each, with adapters of different ranks on all linear layers,
-through the offline engine, against the exact reference. The engine runs in a process of its own: vLLM changes the one it is in."""
+through the offline engine, under every mixing rule in one batch, against the exact reference. The engine runs in a process of its
+own: vLLM changes the one it is in."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +28,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from sipo.decoding.mixing import Rule
 from sipo.decoding.reference import ReferenceDecoder
-from sipo.lora import TARGETS
+from sipo.decoding.request import Entry, Mixture, base_mixture, mixture, policy_entry
+from sipo.lora import TARGETS, load_adapter
 from sipo.preferences import Weights
 
 pytestmark = pytest.mark.slow
@@ -48,55 +54,139 @@ ARCHITECTURES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
 }
-WEIGHTS: list[Weights] = [{"a": w, "b": 1 - w} for w in (1.0, 0.0, 0.5, 0.3)]
-PROMPTS = [[(7 * i + 3 * j) % 250 + 1 for j in range(length)] for i, length in enumerate((5, 40, 90))]
+PROMPTS = [[(7 * i + 3 * j) % 250 + 1 for j in range(length)] for i, length in enumerate((5, 90))]
 TOKENS = 12
+OBJECTIVES = ["a", "b"]
+MOD: list[Weights] = [{"a": w, "b": 1 - w} for w in (1.0, 0.0, 0.5, 0.3)]
+RULES: list[tuple[Rule, float | None]] = [("forward_kl", None), ("jensen_shannon", None), ("alpha_divergence", 0.4)]
+LINEAR_COEFFICIENTS = [{"base": 1.0, "a": 1.5, "b": -0.5}, {"base": -0.5, "b": 1.2}, {"a": 2.0}]
+
+SOUPS: list[Weights] = [{"a": 0.3, "b": 0.7}, {"a": 0.6, "b": 0.4}]
+BLOCKS = 40
+"""Of the key-value cache: too few for all requests at once, so some are preempted and computed again."""
 
 OFFLINE = """
 import json, sys
 from pathlib import Path
 from sipo.decoding.vllm import set_environment
 set_environment(kv_cache_gib=1, threads=1)
-from sipo.decoding.request import mixture
+from sipo.decoding.request import Mixture
 from sipo.decoding.vllm.engine import OfflineDecoder
 
-base, prompts, weights, tokens = json.loads(sys.argv[1])
-decoder = OfflineDecoder(Path(base), dtype="float32", max_model_len=128)
-decoder.load("set", {name: Path(base, name) for name in "ab"})
-pairs = [(prompt, mixture("set", ["a", "b"], w)[0]) for prompt in prompts for w in weights]
-answers = decoder.generate([p for p, _ in pairs], [m for _, m in pairs], temperature=0, max_tokens=tokens, ignore_eos=True)
-print("ANSWERS", json.dumps(answers))
+for base, ranks, prompts, mixtures, tokens, blocks in json.load(sys.stdin):
+    decoder = OfflineDecoder(
+        Path(base), slots=3, dtype="float32", max_model_len=128, tensor_parallel=ranks, num_gpu_blocks_override=blocks,
+        disable_log_stats=False,
+    )
+    decoder.load("set", {name: Path(base, name) for name in "ab"})
+    mixtures = [Mixture.model_validate_json(text) for text in mixtures]
+    twice = [decoder.generate(prompts, mixtures, temperature=0, max_tokens=tokens, ignore_eos=True) for _ in range(2)]
+    counted = {metric.name: metric.value for metric in decoder.llm.get_metrics() if hasattr(metric, "value")}
+    print("RESULT", json.dumps({"twice": twice, "counted": counted}))
+    decoder.close()
 """
 
+Answer = Callable[[list[int]], list[int]]
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_offline_tokens_equal_the_reference(architecture: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    model_class, config_class, own = ARCHITECTURES[architecture]
-    torch.manual_seed(1)
-    config = config_class(vocab_size=len(tiny_tokenizer), **SHAPE, **own)
-    model_class(config).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    for name, rank in (("a", 3), ("b", 5)):
-        model = model_class.from_pretrained(tmp_path, dtype=torch.float32)
-        # One adapter leaves out some layers that the other has.
-        targets = TARGETS if name == "a" else ("q_proj", "o_proj", "up_proj")
-        peft = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), use_rslora=name == "b"))
+
+class Model:
+    """A random base with two random adapters on disk, and every mixture of them with what the reference makes of a prompt."""
+
+    def __init__(self, architecture: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+        self.model_class, config_class, own = ARCHITECTURES[architecture]
+        torch.manual_seed(1)
+        self.folder = folder
+        self._save(self.model_class(config_class(vocab_size=len(tokenizer), **SHAPE, **own)), folder, tokenizer)
+        # Different ranks and scalings, and one adapter leaves out some layers that the other has.
+        self._adapter("a", LoraConfig(r=3, lora_alpha=6, target_modules=list(TARGETS)))
+        self._adapter("b", LoraConfig(r=5, lora_alpha=10, target_modules=["q_proj", "o_proj", "up_proj"], use_rslora=True))
+        self.adapters = {name: folder / name for name in OBJECTIVES}
+        self.reference = ReferenceDecoder(folder, self.adapters)
+        self.tokenizer = tokenizer
+
+    def _save(self, model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def _adapter(self, name: str, config: LoraConfig) -> None:
+        peft = get_peft_model(self.model_class.from_pretrained(self.folder, dtype=torch.float32), config)
         for key, parameter in peft.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
-        peft.save_pretrained(tmp_path / name)
-    reference = ReferenceDecoder(tmp_path, {name: tmp_path / name for name in "ab"})
-    expected = [reference.generate(prompt, weights, max_tokens=TOKENS) for prompt in PROMPTS for weights in WEIGHTS]
+        peft.save_pretrained(self.folder / name)
 
+    def cases(self) -> Iterator[tuple[Mixture, Answer]]:
+        for weights in MOD:
+            yield mixture("set", OBJECTIVES, weights)[0], self._expected(weights)
+        for rule, alpha in RULES:
+            for weights in MOD[2:]:
+                yield mixture("set", OBJECTIVES, weights, rule=rule, alpha=alpha)[0], self._expected(weights, rule, alpha)
+        for coefficients in LINEAR_COEFFICIENTS:
+            entries = tuple(
+                Entry(weight=c) if name == "base" else policy_entry("set", OBJECTIVES, name, c) for name, c in coefficients.items()
+            )
+            yield Mixture(entries=entries, rule="linear"), self._expected(coefficients, "linear")
+        for weights in SOUPS:
+            yield mixture("set", OBJECTIVES, weights, mode="soup")[0], self._soup(weights)
+        yield base_mixture(), self._expected({"base": 1.0}, "linear")
+
+    def _expected(self, weights: Weights, rule: Rule = "reverse_kl", alpha: float | None = None) -> Answer:
+        return lambda prompt: self.reference.generate(prompt, weights, max_tokens=TOKENS, rule=rule, alpha=alpha)
+
+    def _soup(self, weights: Weights) -> Answer:
+        """The base with the weighted sum of the deltas in its weights."""
+        merged = self.model_class.from_pretrained(self.folder, dtype=torch.float32)
+        for name, weight in weights.items():
+            for module, (a, b) in load_adapter(self.adapters[name]).modules.items():
+                merged.get_submodule(module).weight.data += weight * b @ a
+        folder = self.folder / f"soup {weights['a']}"
+        self._save(merged, folder, self.tokenizer)
+        soup = ReferenceDecoder(folder, self.adapters)
+        return lambda prompt: soup.generate(prompt, {"base": 1.0}, max_tokens=TOKENS, rule="linear")
+
+
+@dataclass
+class Run:
+    """One engine's answers to all mixtures and prompts, twice, with its counters; and the reference's."""
+
+    expected: list[list[int]]
+    twice: list[list[list[int]]]
+    counted: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Run]:
+    """By architecture and ranks. One process runs the engines one after the other: its imports take longer than any of them."""
+    keys, requests, expected = [], [], []
+    for architecture in ARCHITECTURES:
+        model = Model(architecture, tiny_tokenizer, tmp_path_factory.mktemp(architecture))
+        rows = [(prompt, chosen, answer) for chosen, answer in model.cases() for prompt in PROMPTS]
+        answers = [answer(prompt) for prompt, _, answer in rows]
+        mixtures = [chosen.model_dump_json() for _, chosen, _ in rows]
+        for ranks in (1, 2) if architecture == "llama" else (1,):
+            keys.append((architecture, ranks))
+            expected.append(answers)
+            requests.append([str(model.folder), ranks, [prompt for prompt, *_ in rows], mixtures, TOKENS, BLOCKS])
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, json.dumps([str(tmp_path), PROMPTS, WEIGHTS, TOKENS])],
+        [sys.executable, "-c", OFFLINE],
+        input=json.dumps(requests),
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+    results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(results) == len(keys), done.stdout[-2000:] + done.stderr[-2000:]
+    return {key: Run(answers, **result) for key, answers, result in zip(keys, expected, results, strict=True)}
 
-    answers = [line.removeprefix("ANSWERS ") for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
-    assert answers, done.stdout[-2000:] + done.stderr[-2000:]
-    assert json.loads(answers[0]) == expected
-    assert len({tuple(tokens) for tokens in expected}) > len(PROMPTS)
+
+@pytest.mark.parametrize(("architecture", "ranks"), [*((name, 1) for name in ARCHITECTURES), ("llama", 2)])
+def test_offline_tokens_equal_the_reference(runs: dict[tuple[str, int], Run], architecture: str, ranks: int) -> None:
+    """All mixtures in one batch, some of them preempted in between; and again, when the prefix cache holds the prompts. With two
+    ranks each has half of every layer, and of its deltas."""
+    run = runs[architecture, ranks]
+
+    assert run.twice == [run.expected, run.expected]
+    assert len({tuple(tokens) for tokens in run.expected}) > len(run.expected) / 2
+    assert run.counted["vllm:num_preemptions"] > 0
+    assert run.counted["vllm:prefix_cache_hits"] > 0

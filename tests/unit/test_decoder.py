@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from services.decoder.app import create_app
-from services.decoder.choice import ChoiceFields, Chooser
+from services.decoder.choice import Choice, ChoiceFields, Chooser
 from services.decoder.residency import ResidentSets, resident_key
 from services.decoder.settings import DecoderSettings
 from sipo.decoding.request import EXTRA_ARG, Mixture
@@ -82,8 +83,12 @@ class FakeEngine:
 
 def choose(store: PolicyStore, slots: int = 2, **fields: Any) -> list[tuple[tuple[float, ...], float]]:
     """The coefficients and weight of each slot."""
-    choice = Chooser(store, "smollm2-135m", SHA, slots).choose(ChoiceFields(**fields))
+    choice = chooser(store, slots).choose(ChoiceFields(**fields))
     return [(entry.coefficients, entry.weight) for entry in choice.mixture.entries]
+
+
+def chooser(store: PolicyStore, slots: int = 2) -> Chooser:
+    return Chooser(store, DecoderSettings(data_dir=store.root.parent, decoder_slots=slots), SHA)
 
 
 def test_every_mode_is_a_list_of_coefficients_and_weights(store: PolicyStore) -> None:
@@ -99,19 +104,48 @@ def test_every_mode_is_a_list_of_coefficients_and_weights(store: PolicyStore) ->
 
 
 def test_a_name_means_the_set_that_is_current_at_that_moment(store: PolicyStore) -> None:
-    chooser = Chooser(store, "smollm2-135m", SHA, 2)
+    same = chooser(store)
     publish(store, "demo:1")
-    publish_next = choose_set(chooser, "demo")
+    before = choose_set(same, "demo")
     (store.root / "demo" / "current").unlink()
     publish(store, "demo:2")
 
-    assert (publish_next, choose_set(chooser, "demo"), choose_set(chooser, "demo:1")) == ("demo:1", "demo:2", "demo:1")
+    assert (before, choose_set(same, "demo"), choose_set(same, "demo:1")) == ("demo:1", "demo:2", "demo:1")
 
 
 def choose_set(chooser: Chooser, model: str) -> str:
-    policy_set = chooser.choose(ChoiceFields(model=model)).policy_set
-    assert policy_set is not None
+    [policy_set] = chooser.choose(ChoiceFields(model=model)).policy_sets
     return policy_set.id
+
+
+def test_a_rule_says_how_the_policies_are_mixed(store: PolicyStore) -> None:
+    publish(store, "demo:1")
+    same = chooser(store, slots=3)
+
+    def ask(**fields: Any) -> Choice:
+        return same.choose(ChoiceFields(model="demo", preference_weights=WEIGHTS, **fields))
+
+    assert ask().mixture.rule == "reverse_kl"
+    alpha = ask(mixing="alpha_divergence", mixing_alpha=0.5)
+    assert (alpha.mixture.rule, alpha.mixture.alpha, alpha.effective["mixing"]) == ("alpha_divergence", 0.5, "alpha_divergence")
+    jensen_shannon = ask(mixing="jensen_shannon").mixture
+    assert [(entry.coefficients, entry.weight) for entry in jensen_shannon.entries] == [((), 0), ((1, 0), 0.7), ((0, 1), 0.3)]
+
+
+def test_linear_mixing_takes_the_base_and_policies_of_any_set(store: PolicyStore) -> None:
+    demo, other = publish(store, "demo:1"), publish(store, "other:1", ["formal", "warm", "kind"])
+    coefficients = {"base": 1, "warm": 1.5, "other:1/kind": -0.5}
+
+    choice = chooser(store, slots=3).choose(ChoiceFields(model="demo", mixing="linear", coefficients=coefficients))
+
+    assert [(entry.policy_set, entry.coefficients, entry.weight) for entry in choice.mixture.entries] == [
+        ("", (), 1),
+        (resident_key(demo), (0, 1), 1.5),
+        (resident_key(other), (0, 0, 1), -0.5),
+    ]
+    assert [policy_set.id for policy_set in choice.policy_sets] == ["demo:1", "other:1"]
+    assert choice.effective == {"policy_set": "demo:1", "mixing": "linear", "coefficients": coefficients}
+    assert choose(store, slots=3, model="base", mixing="linear", coefficients={"base": 2, "demo/warm": 1}) == [((), 2), ((0, 1), 1)]
 
 
 def test_a_set_that_needs_more_slots_says_how_to_start_the_decoder(store: PolicyStore) -> None:
@@ -135,6 +169,31 @@ def test_a_set_that_needs_more_slots_says_how_to_start_the_decoder(store: Policy
         {"model": "demo@concise", "preference_weights": None},
         {"model": "foreign"},
         {"model": "../demo"},
+        {"model": "demo:" + "1" * 5000},
+        {"model": "demo", "mixing": "best"},
+        {"model": "demo", "mixing": "alpha_divergence"},
+        {"model": "demo", "mixing": "alpha_divergence", "mixing_alpha": 1.0},
+        {"model": "demo", "mixing": "alpha_divergence", "mixing_alpha": math.nan},
+        {"model": "demo", "mixing_alpha": 0.5},
+        {"model": "demo", "mixing": "jensen_shannon"},  # three entries for two slots
+        {"model": "demo", "mixing": "forward_kl", "mode": "soup"},
+        {"model": "base", "mixing": "forward_kl"},
+        {"model": "demo", "coefficients": {"base": 1}},
+        {"model": "demo", "mixing": "linear"},
+        {"model": "demo", "mixing": "linear", "preference_weights": WEIGHTS},
+        {"model": "demo", "mixing": "linear", "coefficients": {"base": 1}, "mode": "mod"},
+        {"model": "demo", "mixing": "linear", "coefficients": {}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"base": 0}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"base": 11}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"base": math.nan}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"base": math.inf}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"base": "1"}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"base": True}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"kind": 1}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"../demo/warm": 1}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"foreign/warm": 1}},
+        {"model": "base", "mixing": "linear", "coefficients": {"warm": 1}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"base": 1, "warm": 1, "concise": 1}},  # for two slots
     ],
 )
 def test_what_cannot_be_answered_is_refused(store: PolicyStore, fields: dict[str, Any]) -> None:
@@ -149,10 +208,10 @@ def test_what_cannot_be_answered_is_refused(store: PolicyStore, fields: dict[str
 def test_the_salt_tells_apart_what_keys_and_values_depend_on_and_nothing_else(store: PolicyStore) -> None:
     publish(store, "demo:1")
     publish(store, "other:1")
-    chooser = Chooser(store, "smollm2-135m", SHA, 2)
+    same = chooser(store)
 
     def salt(callers: str | None = None, **fields: Any) -> str:
-        return chooser.choose(ChoiceFields(**fields)).mixture.cache_salt(callers)
+        return same.choose(ChoiceFields(**fields)).mixture.cache_salt(callers)
 
     different = [
         salt(model="demo"),
@@ -165,6 +224,7 @@ def test_the_salt_tells_apart_what_keys_and_values_depend_on_and_nothing_else(st
     ]
     assert len(set(different)) == len(different)
     assert salt(model="demo", preference_weights=WEIGHTS) == salt(model="demo@concise=0.2,warm=0.8") == different[0]
+    assert salt(model="demo", mixing="forward_kl") == different[0]
 
 
 # Which sets are in memory
@@ -181,18 +241,21 @@ async def test_the_set_unused_for_longest_makes_room(store: PolicyStore) -> None
     assert engine.loaded == [resident_key(a), resident_key(c)]
 
 
-async def test_a_set_with_running_requests_stays_and_the_newcomer_is_told_to_wait(store: PolicyStore) -> None:
+async def test_a_newcomer_does_not_wait_for_answers_on_older_sets_to_end(store: PolicyStore) -> None:
     engine = FakeEngine()
     residents = ResidentSets(engine, 1)
-    a, b = publish(store, "a:1"), publish(store, "b:1")
+    a, b, c = (publish(store, f"{name}:1") for name in "abc")
 
     async with residents.lease(a):
-        with pytest.raises(Unavailable, match="b:1 is not in memory"):
-            async with residents.lease(b):
-                pass
+        async with residents.lease(b):
+            assert engine.loaded == [resident_key(a), resident_key(b)]
+            with pytest.raises(Unavailable, match="c:1 is not in memory"):
+                async with residents.lease(c):
+                    pass
         assert engine.loaded == [resident_key(a)]
     async with residents.lease(b):
-        assert engine.loaded == [resident_key(b)]
+        pass
+    assert engine.loaded == [resident_key(b)]
 
 
 async def test_a_set_is_loaded_once_for_many_requests_at_once(store: PolicyStore) -> None:

@@ -4,7 +4,8 @@ One request stays one engine request. Inside the model every token becomes `slot
 scheduling, paging, prefix caching, sampling and streaming remain vLLM's, and requests of any sets, modes and weights share a batch.
 
 batch      what the running requests ask for, row by row (vLLM's logits-processor hook), and the resident policy sets
-model      the architectures with rows per slot, wide attention and LoRA deltas
+deltas     the adapters of a set on vLLM's linear layers
+model      the architectures with rows per slot and wide attention
 worker     loading and unloading policy sets in a running engine
 engine     how an engine is started, and the offline class
 server     vLLM's OpenAI server as an ASGI app

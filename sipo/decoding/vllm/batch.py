@@ -20,7 +20,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from sipo.decoding.request import EXTRA_ARG, Entry, Mixture
+from sipo.decoding.mixing import Rule
+from sipo.decoding.request import EXTRA_ARG, LINEAR, REVERSE_KL, Entry, Mixture
 
 SLOTS = "sipo_slots"
 """The key of vLLM's additional_config that holds the number of rows per token."""
@@ -28,13 +29,14 @@ SLOTS = "sipo_slots"
 
 @dataclass(frozen=True)
 class Delta:
-    """All adapters of one set on one linear layer (vLLM's fused one): (x · a^T * coefficients) · b^T.
+    """All adapters of one set on one linear layer (vLLM's fused one): (x · a^T * coefficients) · b.
 
-    `a` [parts · R, in] and `b` [out, parts · R], where a fused layer's parts (q, k and v) are blocks of `b`'s diagonal.
+    `a` [parts · R, in] and `b` [parts · R, out], where a fused layer's parts (q, k and v) are blocks of `b`'s diagonal.
     """
 
     a: Tensor
     b: Tensor
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,27 @@ class ResidentSet:
     ranks: tuple[int, ...]
     deltas: dict[str, Delta]
 
+    @property
+    def parts(self) -> set[int]:
+        return {delta.parts for delta in self.deltas.values()}
+
 
 class MixtureBatch:
     """The state that the logits processor writes and the model reads."""
 
-    def __init__(self, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
         self.slots = slots
         self.sets: dict[str, ResidentSet] = {}
         self.requests: dict[int, Mixture] = {}
         """By row of vLLM's batch: 0 … n-1 while a batch runs."""
-        self.active: list[tuple[ResidentSet, Tensor]] = []
-        """For this forward pass: the sets in use, with each row's coefficients [tokens · slots, R]."""
+        self.active: list[tuple[ResidentSet, dict[int, Tensor]]] = []
+        """For this forward pass: the sets in use, with each row's coefficients [tokens · slots, parts · R] by number of parts."""
         self._device = device
         self._dtype = dtype
+        self._positions = torch.arange(max_tokens, device=device, dtype=torch.int32)
         self._weights: Tensor | None = None
-        self._coefficients: list[tuple[ResidentSet, Tensor]] = []
+        self._by_rule: dict[tuple[Rule, float | None], Tensor] = {}
+        self._coefficients: list[tuple[ResidentSet, dict[int, Tensor]]] = []
         self._stale = True
         self._dummy = False
 
@@ -77,17 +85,20 @@ class MixtureBatch:
             return
         if self._stale:
             self._rebuild()
-        counts = query_start.diff()
-        if len(counts) != len(self.requests) or int(query_start[-1]) != tokens:
-            covered = f"{len(counts)} requests, {int(query_start[-1])} of {tokens} tokens"
-            raise RuntimeError(f"{len(self.requests)} mixtures for {covered}")
-        if tokens == len(counts):
+        requests = len(self.requests)
+        if len(query_start) - 1 != requests:
+            raise RuntimeError(f"{requests} mixtures for {len(query_start) - 1} requests")
+        if tokens == requests:
             self.active = self._coefficients
         else:
-            # [n, slots · R]: a request's slots are repeated together, once per token.
+            # Without a look at the values, for which a GPU would have to stop.
+            request = torch.searchsorted(query_start[1:], self._positions[:tokens], right=True)
             self.active = [
-                (chosen, table.view(len(counts), -1).repeat_interleave(counts, dim=0).view(tokens * self.slots, -1))
-                for chosen, table in self._coefficients
+                (
+                    chosen,
+                    {parts: table.view(requests, -1)[request].view(tokens * self.slots, -1) for parts, table in tables.items()},
+                )
+                for chosen, tables in self._coefficients
             ]
 
     def weights(self, rows: int) -> Tensor:
@@ -98,19 +109,29 @@ class MixtureBatch:
             raise RuntimeError(f"{rows} rows of logits for {len(self.requests)} mixtures")
         return self._weights
 
+    def by_rule(self) -> dict[tuple[Rule, float | None], Tensor]:
+        """Rows of the batch by rule and alpha, for the rules that `mix_hidden_states` does not cover."""
+        return {} if self._dummy else self._by_rule
+
     def _rebuild(self) -> None:
         if sorted(self.requests) != list(range(len(self.requests))):
             raise RuntimeError(f"rows {sorted(self.requests)} have mixtures: a request came without one")
         rows = [self._padded(self.requests[row]) for row in range(len(self.requests))]
         self._weights = torch.tensor([[entry.weight for entry in row] for row in rows], device=self._device)
+        by_rule: dict[tuple[Rule, float | None], list[int]] = {}
+        for row in range(len(rows)):
+            mixture = self.requests[row]
+            if mixture.rule not in (REVERSE_KL, LINEAR):
+                by_rule.setdefault((mixture.rule, mixture.alpha), []).append(row)
+        self._by_rule = {rule: torch.tensor(members, device=self._device) for rule, members in by_rule.items()}
         entries = [entry for row in rows for entry in row]
         self._coefficients = []
         for key in {entry.policy_set for entry in entries} - {""}:
             chosen = self.sets[key]
             zeros = (0.0,) * len(chosen.ranks)
             table = torch.tensor([entry.coefficients if entry.policy_set == key else zeros for entry in entries])
-            expanded = table.repeat_interleave(torch.tensor(chosen.ranks), dim=1)
-            self._coefficients.append((chosen, expanded.to(self._device, self._dtype)))
+            expanded = table.repeat_interleave(torch.tensor(chosen.ranks), dim=1).to(self._device, self._dtype)
+            self._coefficients.append((chosen, {parts: expanded.repeat(1, parts) for parts in chosen.parts}))
         self._stale = False
 
     def _padded(self, mixture: Mixture) -> Sequence[Entry]:
@@ -132,7 +153,12 @@ def batch_of(config: VllmConfig) -> MixtureBatch:
     """The one batch of an engine: vLLM builds the logits processor and the model separately, each from the same configuration."""
     batch = _batches.get(config.instance_id)
     if batch is None:
-        batch = MixtureBatch(config.additional_config[SLOTS], config.device_config.device, config.model_config.dtype)
+        batch = MixtureBatch(
+            config.additional_config[SLOTS],
+            config.scheduler_config.max_num_batched_tokens,
+            config.device_config.device,
+            config.model_config.dtype,
+        )
         _batches[config.instance_id] = batch
     return batch
 

@@ -14,8 +14,13 @@ from sipo.decoding.vllm.batch import SLOTS
 from sipo.decoding.vllm.model import PREFIX
 from sipo.errors import IncompatiblePolicy, InvalidRequest
 
+UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""By its full name: vLLM takes "uni" on a CPU for "mp", one more process that spins on shared memory."""
 
-def engine_arguments(model: Path, *, slots: int, dtype: str, max_model_len: int | None, max_num_seqs: int) -> dict[str, Any]:
+
+def engine_arguments(
+    model: Path, *, slots: int, dtype: str, max_model_len: int | None, max_num_seqs: int, tensor_parallel: int = 1
+) -> dict[str, Any]:
     """Arguments for vLLM's EngineArgs. Raises InvalidRequest for an architecture that the plugin was not made for."""
     from vllm import ModelRegistry
     from vllm.plugins import load_general_plugins
@@ -44,8 +49,8 @@ def engine_arguments(model: Path, *, slots: int, dtype: str, max_model_len: int 
         "logits_processors": ["sipo.decoding.vllm.batch:MixtureProcessor"],
         "worker_extension_cls": "sipo.decoding.vllm.worker.PolicyWorker",
         "additional_config": {SLOTS: slots},
-        # By its full name: vLLM takes "uni" on a CPU for "mp", one more process that spins on shared memory.
-        "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+        "tensor_parallel_size": tensor_parallel,
+        "distributed_executor_backend": UNIPROC if tensor_parallel == 1 else "mp",
     }
 
 
@@ -66,23 +71,38 @@ class OfflineDecoder:
         dtype: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
+        tensor_parallel: int = 1,
         **options: Any,
     ) -> None:
         """`options` go to vLLM's EngineArgs as they are."""
         from vllm import LLM
 
         self.slots = slots
-        arguments = engine_arguments(model, slots=slots, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+        arguments = engine_arguments(
+            model,
+            slots=slots,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            tensor_parallel=tensor_parallel,
+        )
         self.llm = LLM(**(arguments | options))
 
     def load(self, key: str, adapters: Mapping[str, Path]) -> None:
         """Makes a set resident: mixtures name it by `key`. Raises IncompatiblePolicy."""
-        (refusal,) = self.llm.collective_rpc("sipo_load", args=(key, [str(folder) for folder in adapters.values()]))
-        if refusal:
+        refusals = self.llm.collective_rpc("sipo_load", args=(key, [str(folder) for folder in adapters.values()]))
+        if refusal := next(filter(None, refusals), None):
             raise IncompatiblePolicy(refusal)
 
     def unload(self, key: str) -> None:
         self.llm.collective_rpc("sipo_unload", args=(key,))
+
+    def close(self) -> None:
+        """Ends the engine: another can then be started in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
     def generate(self, prompts: Sequence[Sequence[int]], mixtures: Sequence[Mixture], **sampling: Any) -> list[list[int]]:
         """The token ids of one response per prompt (token ids) and mixture; `sampling` are vLLM's SamplingParams."""

@@ -2,17 +2,15 @@
 
 Rows are token-major (t0s0, t0s1, t1s0 …), so q of shape [T·S, heads·dim] IS [T, S·heads·dim]: policies are heads. One attention
 call over S times the heads computes all slots of a request, each with its own keys and values in one KV cache. Everything else in
-the model works row by row and is not changed; LoRA deltas are added to the outputs of the linear layers.
+the model works row by row and is not changed, but for the LoRA deltas (deltas.py) of its linear layers.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from vllm import ModelRegistry
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -21,21 +19,16 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.sequence import IntermediateTensors
 
-from sipo.decoding.mixing import mix_hidden_states
-from sipo.decoding.vllm.batch import Delta, MixtureBatch, ResidentSet, batch_of
-from sipo.errors import IncompatiblePolicy
-from sipo.lora import LoraAdapter, stack
+from sipo.decoding.mixing import mix, mix_hidden_states
+from sipo.decoding.vllm.batch import ResidentSet, batch_of
+from sipo.decoding.vllm.deltas import FUSED, DeltaMethod, resident_set
+from sipo.lora import LoraAdapter
 
 PREFIX = "Sipo"
 """Our class for the architecture "LlamaForCausalLM" is registered as "SipoLlamaForCausalLM"."""
 
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "o_proj": ("o_proj",),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "down_proj": ("down_proj",),
-}
-"""vLLM's linear layers by the last part of their name, and the checkpoint's layers that each holds, in the order of its output."""
+WIDE_INPUTS = (torch.int32, torch.int64)
+"""Of token ids and positions, as vLLM's runners have them."""
 
 
 class WideAttention(Attention):  # type: ignore[misc]
@@ -70,13 +63,14 @@ class MixingModel(nn.Module):
     """The mixin: placed before an architecture's ForCausalLM, it mixes the slots of each request."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        parallel = vllm_config.parallel_config
-        if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-            raise ValueError("the decoder's plugin runs on one device: set tensor and pipeline parallel size to 1")
-        if vllm_config.compilation_config.mode != CompilationMode.NONE:
-            raise ValueError("the decoder's plugin is not made for compiled graphs: set enforce_eager")
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError("the decoder's plugin keeps all layers on each rank: set the pipeline parallel size to 1")
+        if vllm_config.speculative_config is not None:
+            raise ValueError("a draft model proposes for one policy, not for a mixture: leave out speculative decoding")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.mixture_batch = batch_of(vllm_config)
+        rows = vllm_config.scheduler_config.max_num_batched_tokens * self.mixture_batch.slots
+        self.wide_inputs = [torch.empty(rows, dtype=dtype, device=vllm_config.device_config.device) for dtype in WIDE_INPUTS]
         self.linears: dict[str, nn.Module] = {}
         for name, module in list(self.named_modules()):
             if isinstance(module, Attention):
@@ -84,7 +78,8 @@ class MixingModel(nn.Module):
                 setattr(self.get_submodule(parent), last, WideAttention(module, self.mixture_batch.slots, vllm_config))
             elif name.rpartition(".")[2] in FUSED:
                 self.linears[name] = module
-                module.register_forward_hook(_AddDelta(name, self.mixture_batch))
+                module.quant_method = DeltaMethod(module.quant_method, name, self.mixture_batch)
+                vllm_config.compilation_config.static_forward_context[name] = module.quant_method
 
     def forward(
         self,
@@ -98,79 +93,34 @@ class MixingModel(nn.Module):
         slots = self.mixture_batch.slots
         tokens = len(input_ids)
         self.mixture_batch.start(_query_start(), tokens)
-        hidden: Tensor = super().forward(
-            input_ids.repeat_interleave(slots), positions.repeat_interleave(slots), intermediate_tensors
-        )
+        # The same buffers each time: a captured CUDA graph reads where its inputs were.
+        ids, places = (buffer[: tokens * slots] for buffer in self.wide_inputs)
+        ids.view(tokens, slots).copy_(input_ids.unsqueeze(1))
+        places.view(tokens, slots).copy_(positions.unsqueeze(1))
+        hidden: Tensor = super().forward(ids, places, intermediate_tensors)
         return hidden.view(tokens, -1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """[rows, vocabulary]. One unembedding for the rules that are linear in the logits; the others need one per slot."""
         rows = len(hidden_states)
         slots = hidden_states.view(rows, self.mixture_batch.slots, -1)
-        mixed = mix_hidden_states(slots, self.mixture_batch.weights(rows))
-        logits: Tensor | None = super().compute_logits(mixed)  # type: ignore[misc]  # of the class that this is mixed into
+        weights = self.mixture_batch.weights(rows)
+        logits = self._unembed(mix_hidden_states(slots, weights))
+        for (rule, alpha), members in self.mixture_batch.by_rule().items():
+            each = self._unembed(slots[members].flatten(0, 1))
+            if logits is not None and each is not None:
+                log_probs = torch.log_softmax(each.float(), dim=-1).view(len(members), self.mixture_batch.slots, -1)
+                logits[members] = mix(rule, log_probs, weights[members], alpha).to(logits.dtype)
+        return logits
+
+    def _unembed(self, hidden_states: Tensor) -> Tensor | None:
+        """None on ranks that do not sample."""
+        logits: Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]  # of the class that this is mixed into
         return logits
 
     def resident_set(self, adapters: list[LoraAdapter]) -> ResidentSet:
-        """The adapters stacked for this model's layers. Raises IncompatiblePolicy for one that does not fit the base."""
-        ranks = tuple(max(a.shape[0] for a, _ in adapter.modules.values()) for adapter in adapters)
-        deltas: dict[str, Delta] = {}
-        used: set[str] = set()
-        for name, linear in self.linears.items():
-            parent, _, fused = name.rpartition(".")
-            parts = [f"{parent}.{part}" for part in FUSED[fused]]
-            used.update(parts)
-            if any(part in adapter.modules for adapter in adapters for part in parts):
-                deltas[name] = _fused_delta(adapters, ranks, parts, linear)
-        for adapter in adapters:
-            if foreign := sorted(adapter.modules.keys() - used):
-                raise IncompatiblePolicy(f"the adapter changes {foreign[0]}, which this base model does not have")
-        return ResidentSet(ranks, deltas)
-
-
-class _AddDelta:
-    """A forward hook: adds the deltas of the sets in use to a linear layer's output."""
-
-    def __init__(self, name: str, batch: MixtureBatch) -> None:
-        self.name = name
-        self.batch = batch
-
-    def __call__(self, linear: nn.Module, inputs: tuple[Tensor], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        result, bias = output
-        for chosen, coefficients in self.batch.active:
-            if delta := chosen.deltas.get(self.name):
-                inner = nn.functional.linear(inputs[0], delta.a)
-                parts = inner.shape[1] // coefficients.shape[1]
-                inner *= coefficients.repeat(1, parts) if parts > 1 else coefficients
-                result = result + nn.functional.linear(inner, delta.b)
-        return result, bias
-
-
-def _fused_delta(adapters: list[LoraAdapter], ranks: tuple[int, ...], parts: list[str], linear: Any) -> Delta:
-    sizes: list[int] = getattr(linear, "output_sizes", None) or [linear.output_size]
-    inputs: int = linear.input_size
-    weight = next(linear.parameters())
-    a: list[Tensor] = []
-    b: list[Tensor] = []
-    for part, outputs in zip(parts, sizes, strict=True):
-        padded = [_padded(adapter, part, rank, inputs, outputs) for adapter, rank in zip(adapters, ranks, strict=True)]
-        stacked = stack(padded, part)
-        assert stacked is not None
-        a.append(stacked.a)
-        b.append(stacked.b)
-    diagonal: Tensor = torch.block_diag(*b)  # type: ignore[no-untyped-call]
-    return Delta(a=torch.cat(a).to(weight.device, weight.dtype), b=diagonal.to(weight.device, weight.dtype))
-
-
-def _padded(adapter: LoraAdapter, module: str, rank: int, inputs: int, outputs: int) -> LoraAdapter:
-    """The adapter with exactly `rank` columns for one module, so that one row of coefficients fits every layer."""
-    a, b = adapter.modules.get(module, (torch.zeros(0, inputs), torch.zeros(outputs, 0)))
-    if a.shape[1] != inputs or b.shape[0] != outputs:
-        raise IncompatiblePolicy(
-            f"the adapter's {module} goes from {a.shape[1]} to {b.shape[0]} features, this base model's from {inputs} to {outputs}"
-        )
-    missing = rank - a.shape[0]
-    pad = nn.functional.pad
-    return LoraAdapter({module: (pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))})
+        """The adapters as this model needs them. Raises IncompatiblePolicy for one that does not fit the base."""
+        return resident_set(self.linears, adapters)
 
 
 def _query_start() -> Tensor | None:

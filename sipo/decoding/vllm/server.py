@@ -47,7 +47,7 @@ class OpenAIServer:
 
 @asynccontextmanager
 async def openai_server(
-    model: Path, served_name: str, *, slots: int, gpu_memory: float, **engine: Any
+    model: Path, served_name: str, *, slots: int, gpu_memory: float, tool_parser: str | None, **engine: Any
 ) -> AsyncIterator[OpenAIServer]:
     """Starts the engine, and stops it at the end; `engine` as for engine_arguments. The event loop stays free meanwhile."""
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
@@ -56,6 +56,8 @@ async def openai_server(
         "scheduling_policy": "priority",
         "gpu_memory_utilization": gpu_memory,
         "disable_fastapi_docs": True,
+        "tool_call_parser": tool_parser,
+        "enable_auto_tool_choice": tool_parser is not None,
         "enable_prompt_tokens_details": True,  # how many came from the prefix cache
     }
     vars(args).update(settings)

@@ -1,0 +1,129 @@
+"""LoRA deltas on vLLM's linear layers: each row's own weighted sum of a set's adapters, added to what the base computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from sipo.decoding.vllm.batch import Delta, MixtureBatch, ResidentSet
+from sipo.errors import IncompatiblePolicy
+from sipo.lora import LoraAdapter, stack
+
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "o_proj": ("o_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
+"""vLLM's linear layers by the last part of their name, and the checkpoint's layers that each holds, in the order of its output."""
+
+
+class DeltaMethod(QuantizeMethodBase):  # type: ignore[misc]
+    """A linear layer's own method of multiplication, and the deltas of the sets in use.
+
+    It stands between the product and what tensor parallelism does with it, so a rank's part of a delta is summed with its part of
+    the base's product.
+    """
+
+    def __init__(self, inner: QuantizeMethodBase, name: str, batch: MixtureBatch) -> None:
+        self.inner = inner
+        self.name = name
+        self.batch = batch
+
+    def create_weights(self, layer: nn.Module, *args: Any, **options: Any) -> None:
+        self.inner.create_weights(layer, *args, **options)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        output: Tensor = self.inner.apply(layer, x, bias)
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.sipo_add_deltas(output, x, self.name)
+        else:
+            self.add(output, x)
+        return output
+
+    def add(self, output: Tensor, x: Tensor) -> None:
+        for chosen, coefficients in self.batch.active:
+            if delta := chosen.deltas.get(self.name):
+                inner = nn.functional.linear(x, delta.a)
+                inner *= coefficients[delta.parts]
+                output.addmm_(inner, delta.b)
+
+
+def add_deltas(output: Tensor, x: Tensor, layer: str) -> None:
+    """A compiled graph's call: which sets are in use, and their tensors, are found when it runs, not when it is traced."""
+    get_forward_context().no_compile_layers[layer].add(output, x)
+
+
+def _traced(output: Tensor, x: Tensor, layer: str) -> None:
+    return None
+
+
+def resident_set(linears: dict[str, nn.Module], adapters: Sequence[LoraAdapter]) -> ResidentSet:
+    """The adapters stacked for this rank's linear layers. Raises IncompatiblePolicy for one that does not fit the base."""
+    ranks = tuple(max(a.shape[0] for a, _ in adapter.modules.values()) for adapter in adapters)
+    deltas: dict[str, Delta] = {}
+    used: set[str] = set()
+    for name, linear in linears.items():
+        parent, _, fused = name.rpartition(".")
+        parts = [f"{parent}.{part}" for part in FUSED[fused]]
+        used.update(parts)
+        if any(part in adapter.modules for adapter in adapters for part in parts):
+            deltas[name] = _fused_delta(adapters, ranks, parts, linear)
+    for adapter in adapters:
+        if foreign := sorted(adapter.modules.keys() - used):
+            raise IncompatiblePolicy(f"the adapter changes {foreign[0]}, which this base model does not have")
+    return ResidentSet(ranks, deltas)
+
+
+def _fused_delta(adapters: Sequence[LoraAdapter], ranks: tuple[int, ...], parts: list[str], linear: Any) -> Delta:
+    """This rank's part: its columns of `a` where the input is split over ranks, its columns of `b` where the output is."""
+    inputs, local_inputs = linear.input_size, linear.input_size_per_partition if _splits_input(linear) else linear.input_size
+    tensor_a: list[Tensor] = []
+    tensor_b: list[Tensor] = []
+    for i, (part, local_outputs) in enumerate(zip(parts, linear.output_partition_sizes, strict=True)):
+        # Where there are more ranks than key-value heads, several ranks hold the same head.
+        copies = getattr(linear, "num_kv_head_replicas", 1) if i > 0 else 1
+        ways = 1 if _splits_input(linear) else linear.tp_size // copies
+        padded = [_padded(adapter, part, rank, inputs, local_outputs * ways) for adapter, rank in zip(adapters, ranks, strict=True)]
+        stacked = stack(padded, part)
+        assert stacked is not None
+        first_output = linear.tp_rank // copies * local_outputs if ways > 1 else 0
+        first_input = linear.tp_rank * local_inputs if local_inputs < inputs else 0
+        tensor_a.append(stacked.a[:, first_input : first_input + local_inputs])
+        tensor_b.append(stacked.b[first_output : first_output + local_outputs])
+    weight = next(linear.parameters())
+    diagonal: Tensor = torch.block_diag(*tensor_b)  # type: ignore[no-untyped-call]
+    return Delta(
+        a=torch.cat(tensor_a).to(weight.device, linear.params_dtype),
+        b=diagonal.T.contiguous().to(weight.device, linear.params_dtype),
+        parts=len(parts),
+    )
+
+
+def _splits_input(linear: nn.Module) -> bool:
+    return isinstance(linear, RowParallelLinear)
+
+
+def _padded(adapter: LoraAdapter, module: str, rank: int, inputs: int, outputs: int) -> LoraAdapter:
+    """The adapter with exactly `rank` columns for one module, so that one row of coefficients fits every layer."""
+    a, b = adapter.modules.get(module, (torch.zeros(0, inputs), torch.zeros(outputs, 0)))
+    if a.shape[1] != inputs or b.shape[0] != outputs:
+        raise IncompatiblePolicy(
+            f"the adapter's {module} goes from {a.shape[1]} to {b.shape[0]} features, this base model's from {inputs} to {outputs}"
+        )
+    missing = rank - a.shape[0]
+    pad = nn.functional.pad
+    return LoraAdapter({module: (pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))})
+
+
+direct_register_custom_op("sipo_add_deltas", add_deltas, mutates_args=["output"], fake_impl=_traced)
