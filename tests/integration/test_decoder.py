@@ -6,7 +6,6 @@ import asyncio
 import json
 from typing import Any
 
-import httpx
 import pytest
 
 from sipo.policies import PolicySet
@@ -94,36 +93,45 @@ async def test_routes_that_would_name_no_mixture_do_not_exist(served_decoder: Se
         assert (await served_decoder.post(route)).status_code == 404
 
 
-async def test_a_published_set_becomes_the_default_while_requests_run_on_the_old_one(served_decoder: ServedDecoder) -> None:
+async def test_policies_change_under_load(served_decoder: ServedDecoder) -> None:
+    """Five callers ask without pause for the current set of a name, which changes twice, while one long answer is on its way: every
+    answer is wholly that of the set that it names, and nobody waits for another's set to be left."""
     old = served_decoder.publish("moving", seed=1)
-    ask = {"model": "moving", "preference_weights": WEIGHTS, "messages": MESSAGES, "max_tokens": 32, "ignore_eos": True}
-    before = (await served_decoder.post("/v1/chat/completions", **ask)).json()["choices"][0]["message"]["content"]
+    ask = {"model": "moving", "preference_weights": WEIGHTS, "prompt": "Once upon a time", "max_tokens": 8}
+    long = asyncio.create_task(served_decoder.tokens(**ask | {"max_tokens": 96}))
+    answers: list[tuple[str, str]] = []
+    during_the_long_one: list[str] = []
 
-    chunks: list[dict[str, Any]] = []
-    async with (
-        httpx.AsyncClient(timeout=300) as client,
-        client.stream("POST", f"{served_decoder.url}/v1/chat/completions", json={"temperature": 0, "stream": True} | ask) as stream,
-    ):
-        async for line in stream.aiter_lines():
-            if line.startswith("data: {"):
-                chunks.append(json.loads(line.removeprefix("data: ")))
-            if len(chunks) == 5:
-                new = served_decoder.publish("moving", seed=2)
-                after = await served_decoder.post("/v1/chat/completions", **ask)
+    async def caller() -> None:
+        while len({policy_set for policy_set, _ in answers}) < 3:
+            body = await served_decoder.complete(**ask)
+            answers.append((body["policy_set"], body["choices"][0]["text"]))
+            if not long.done():
+                during_the_long_one.append(body["policy_set"])
 
-    assert {chunk["policy_set"] for chunk in chunks} == {old.id}
-    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == before
-    assert after.json()["policy_set"] == new.id
-    assert after.json()["choices"][0]["message"]["content"] != before
-    pinned = await served_decoder.post("/v1/chat/completions", policy_set=old.id, **ask)
-    assert pinned.json()["choices"][0]["message"]["content"] == before
+    async def publisher() -> list[str]:
+        published = [old.id]
+        for seed in (2, 1):
+            while published[-1] not in [policy_set for policy_set, _ in answers]:  # noqa: ASYNC110  # looks as a person would
+                await asyncio.sleep(0.05)
+            published.append((await asyncio.to_thread(served_decoder.publish, "moving", seed=seed)).id)
+        return published
+
+    _, *_, sets = await asyncio.gather(*(caller() for _ in range(5)), publisher())
+
+    texts = {policy_set: {text for named, text in answers if named == policy_set} for policy_set in sets}
+    pinned = [await served_decoder.complete(policy_set=policy_set, **ask) for policy_set in sets]
+    assert [texts[policy_set] for policy_set in sets] == [{body["choices"][0]["text"]} for body in pinned]
+    assert texts[sets[0]] == texts[sets[2]] != texts[sets[1]]
+    assert sets[1] in during_the_long_one
+    assert await long == await served_decoder.tokens(policy_set=old.id, **ask | {"max_tokens": 96})
 
 
 async def test_more_sets_than_fit_are_served_in_turn(served_decoder: ServedDecoder) -> None:
     """Two sets stay in memory: with three, some are unloaded and loaded again, which no answer shows."""
     sets = [served_decoder.publish(f"turn{seed}", seed=seed) for seed in (1, 2, 3)]
-    first = [await served_decoder.tokens("Once upon a time", model=policy_set.id) for policy_set in sets]
-    again = [await served_decoder.tokens("Once upon a time", model=policy_set.id) for policy_set in sets]
+    first = [await served_decoder.tokens("Once upon a time", model=policy_set.id, max_tokens=6) for policy_set in sets]
+    again = [await served_decoder.tokens("Once upon a time", model=policy_set.id, max_tokens=6) for policy_set in sets]
 
     assert first == again
     assert len({tuple(tokens) for tokens in first}) > 1
@@ -142,7 +150,7 @@ async def test_the_prefix_cache_is_shared_across_weights_and_changes_no_answer(
 ) -> None:
     """MOD at two weights, two soups, one policy and the base, on one prompt of several cache blocks. Only the two MOD requests,
     whose keys and values are the same, may share; a salt of the caller's own makes a request start from nothing."""
-    prompt = served_decoder.tokenizer("The fox and the crow went to the market. " * 12)["input_ids"]
+    prompt = served_decoder.tokenizer("The fox and the crow went to the market. " * 7)["input_ids"]
     requests: list[dict[str, Any]] = [
         {"preference_weights": WEIGHTS},
         {"preference_weights": {"concise": 0.2, "warm": 0.8}},
@@ -153,7 +161,7 @@ async def test_the_prefix_cache_is_shared_across_weights_and_changes_no_answer(
     ]
 
     async def ask(fields: dict[str, Any]) -> tuple[list[int], int]:
-        body = await served_decoder.complete(prompt, model="demo", return_token_ids=True, **fields)
+        body = await served_decoder.complete(prompt, max_tokens=4, model="demo", return_token_ids=True, **fields)
         details = body["usage"]["prompt_tokens_details"] or {}
         return body["choices"][0]["token_ids"], details.get("cached_tokens") or 0
 

@@ -15,11 +15,10 @@ pytestmark = pytest.mark.slow
 
 QUESTIONS = [
     "What is the capital of France?",
-    "Tell me a short story about a fox and a crow.",
     "Why does it rain? Explain it to a child.",
 ]
 WEIGHTS: list[Weights] = [{"concise": w, "warm": 1 - w} for w in (1.0, 0.0, 0.5, 0.3)]
-TOKENS = 16
+TOKENS = 10
 
 
 class Parity:
