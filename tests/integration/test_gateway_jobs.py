@@ -19,6 +19,7 @@ from services.common.job_store import Job, JobStore
 from services.common.jobs import JobState
 from services.common.messages import Candidate, PromptDecided, PromptQueued, ScoredCandidate
 from services.common.queue import PROMPTS, Queue
+from services.common.tasks import end_tasks
 from sipo.preferences import Example
 from tests.fakes import FakeDecoder, write_policy_set
 
@@ -200,8 +201,7 @@ async def test_two_feeders_queue_each_prompt_exactly_once(gateway: httpx.AsyncCl
         while sum([(await store.get(job.id)).counts.queued for job in jobs]) < 120:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.1)
-    for task in running:
-        task.cancel()
+    await end_tasks(*running)
     expected = sorted(f"{job.id}/1/{row}" for job in jobs for row in range(40))
     assert sorted(m.id for m in await queued(redis)) == expected
 

@@ -21,6 +21,7 @@ from services.common.messages import Candidate, PromptDecided, ScoredCandidate
 from services.common.queue import DECISIONS, Consumer, Queue
 from services.common.queue.keys import job_key
 from services.common.reports import Report
+from services.common.tasks import end_tasks
 from services.trainer import rounds
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Base, Stages
@@ -150,8 +151,7 @@ async def trainer(redis: Redis, stages: Stages) -> AsyncIterator[None]:
             try:
                 yield
             finally:
-                task.cancel()
-                await asyncio.wait({task})
+                await end_tasks(task)
 
 
 async def until(redis: Redis, job: Job, *states: JobState, seconds: float = 30) -> Job:

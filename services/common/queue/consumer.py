@@ -115,9 +115,7 @@ async def consuming(consumers: Sequence[Consumer[M]], handle: Handler[M], grace:
         for consumer in consumers:
             consumer.stop()
         await asyncio.wait(tasks, timeout=grace)
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        await end_tasks(*tasks)
 
 
 class Consumer(Generic[M]):
