@@ -15,7 +15,6 @@ from sipo.decoding.request import (
     LINEAR,
     MOD,
     REVERSE_KL,
-    SOUP,
     Entry,
     Mixture,
     base_mixture,
@@ -81,8 +80,6 @@ class Chooser:
             raise InvalidRequest("coefficients belong to mixing linear: leave them out, or add it", param="coefficients")
         if policy_set is None or fields.mode == BASE:
             return _base(fields, weights)
-        if weights is None and fields.mode in (None, MOD, SOUP):
-            weights = policy_set.default_weights
         chosen, effective = mixture(
             resident_key(policy_set),
             policy_set.objectives,

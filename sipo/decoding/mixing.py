@@ -15,13 +15,11 @@ The first three lose pi_ref on the way; Jensen-Shannon keeps it. In all of them
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-Rule = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "linear"]
+from sipo.decoding import Rule
 
 SMALL = -15.0
 """Below this logarithm log(1 + e^d) and e^s - 1 equal their first-order terms in float32; used where the terms underflow."""

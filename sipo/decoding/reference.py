@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from sipo.decoding.mixing import Rule, mix
+from sipo.decoding import Rule
+from sipo.decoding.mixing import mix
 from sipo.decoding.request import BASE, LINEAR, REVERSE_KL
 from sipo.preferences import normalize_weights
 

@@ -14,7 +14,7 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sipo.decoding.mixing import Rule
+from sipo.decoding import Rule
 from sipo.errors import InvalidRequest
 from sipo.preferences import Weights, normalize_weights, one_hot_weights, uniform_weights
 
