@@ -20,7 +20,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from sipo.decoding.mixing import Rule
+from sipo.decoding import Rule
 from sipo.decoding.request import EXTRA_ARG, LINEAR, REVERSE_KL, Entry, Mixture
 
 SLOTS = "sipo_slots"
@@ -54,7 +54,7 @@ class ResidentSet:
 class MixtureBatch:
     """The state that the logits processor writes and the model reads."""
 
-    def __init__(self, slots: int, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         self.slots = slots
         self.sets: dict[str, ResidentSet] = {}
         self.requests: dict[int, Mixture] = {}
@@ -63,7 +63,6 @@ class MixtureBatch:
         """For this forward pass: the sets in use, with each row's coefficients [tokens · slots, parts · R] by number of parts."""
         self._device = device
         self._dtype = dtype
-        self._positions = torch.arange(max_tokens, device=device, dtype=torch.int32)
         self._weights: Tensor | None = None
         self._by_rule: dict[tuple[Rule, float | None], Tensor] = {}
         self._coefficients: list[tuple[ResidentSet, dict[int, Tensor]]] = []
@@ -85,21 +84,21 @@ class MixtureBatch:
             return
         if self._stale:
             self._rebuild()
-        requests = len(self.requests)
-        if len(query_start) - 1 != requests:
-            raise RuntimeError(f"{requests} mixtures for {len(query_start) - 1} requests")
-        if tokens == requests:
+        counts = query_start.diff()
+        if len(counts) != len(self.requests) or int(query_start[-1]) != tokens:
+            covered = f"{len(counts)} requests, {int(query_start[-1])} of {tokens} tokens"
+            raise RuntimeError(f"{len(self.requests)} mixtures for {covered}")
+        if tokens == len(counts):
             self.active = self._coefficients
         else:
-            # Without a look at the values, for which a GPU would have to stop.
-            request = torch.searchsorted(query_start[1:], self._positions[:tokens], right=True)
+            # A request's slots are repeated together, once per token.
             self.active = [
-                (
-                    chosen,
-                    {parts: table.view(requests, -1)[request].view(tokens * self.slots, -1) for parts, table in tables.items()},
-                )
+                (chosen, {parts: self._spread(table, counts, tokens) for parts, table in tables.items()})
                 for chosen, tables in self._coefficients
             ]
+
+    def _spread(self, table: Tensor, counts: Tensor, tokens: int) -> Tensor:
+        return table.view(len(counts), -1).repeat_interleave(counts, dim=0).view(tokens * self.slots, -1)
 
     def weights(self, rows: int) -> Tensor:
         """The mixing weights [rows, slots] in float32 for the rows whose logits vLLM wants: one per request."""
@@ -153,12 +152,7 @@ def batch_of(config: VllmConfig) -> MixtureBatch:
     """The one batch of an engine: vLLM builds the logits processor and the model separately, each from the same configuration."""
     batch = _batches.get(config.instance_id)
     if batch is None:
-        batch = MixtureBatch(
-            config.additional_config[SLOTS],
-            config.scheduler_config.max_num_batched_tokens,
-            config.device_config.device,
-            config.model_config.dtype,
-        )
+        batch = MixtureBatch(config.additional_config[SLOTS], config.device_config.device, config.model_config.dtype)
         _batches[config.instance_id] = batch
     return batch
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from sipo.decoding.vllm.batch import Delta, MixtureBatch, ResidentSet
 from sipo.errors import IncompatiblePolicy
@@ -45,27 +43,12 @@ class DeltaMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         output: Tensor = self.inner.apply(layer, x, bias)
-        if torch.compiler.is_compiling():
-            torch.ops.vllm.sipo_add_deltas(output, x, self.name)
-        else:
-            self.add(output, x)
-        return output
-
-    def add(self, output: Tensor, x: Tensor) -> None:
         for chosen, coefficients in self.batch.active:
             if delta := chosen.deltas.get(self.name):
                 inner = nn.functional.linear(x, delta.a)
                 inner *= coefficients[delta.parts]
                 output.addmm_(inner, delta.b)
-
-
-def add_deltas(output: Tensor, x: Tensor, layer: str) -> None:
-    """A compiled graph's call: which sets are in use, and their tensors, are found when it runs, not when it is traced."""
-    get_forward_context().no_compile_layers[layer].add(output, x)
-
-
-def _traced(output: Tensor, x: Tensor, layer: str) -> None:
-    return None
+        return output
 
 
 def resident_set(linears: dict[str, nn.Module], adapters: Sequence[LoraAdapter]) -> ResidentSet:
@@ -124,6 +107,3 @@ def _padded(adapter: LoraAdapter, module: str, rank: int, inputs: int, outputs: 
     missing = rank - a.shape[0]
     pad = nn.functional.pad
     return LoraAdapter({module: (pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))})
-
-
-direct_register_custom_op("sipo_add_deltas", add_deltas, mutates_args=["output"], fake_impl=_traced)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from vllm import ModelRegistry
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -26,9 +26,6 @@ from sipo.lora import LoraAdapter
 
 PREFIX = "Sipo"
 """Our class for the architecture "LlamaForCausalLM" is registered as "SipoLlamaForCausalLM"."""
-
-WIDE_INPUTS = (torch.int32, torch.int64)
-"""Of token ids and positions, as vLLM's runners have them."""
 
 
 class WideAttention(Attention):  # type: ignore[misc]
@@ -67,10 +64,10 @@ class MixingModel(nn.Module):
             raise ValueError("the decoder's plugin keeps all layers on each rank: set the pipeline parallel size to 1")
         if vllm_config.speculative_config is not None:
             raise ValueError("a draft model proposes for one policy, not for a mixture: leave out speculative decoding")
+        if vllm_config.compilation_config.mode != CompilationMode.NONE:
+            raise ValueError("the decoder's plugin is not made for compiled graphs: set enforce_eager")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.mixture_batch = batch_of(vllm_config)
-        rows = vllm_config.scheduler_config.max_num_batched_tokens * self.mixture_batch.slots
-        self.wide_inputs = [torch.empty(rows, dtype=dtype, device=vllm_config.device_config.device) for dtype in WIDE_INPUTS]
         self.linears: dict[str, nn.Module] = {}
         for name, module in list(self.named_modules()):
             if isinstance(module, Attention):
@@ -79,7 +76,6 @@ class MixingModel(nn.Module):
             elif name.rpartition(".")[2] in FUSED:
                 self.linears[name] = module
                 module.quant_method = DeltaMethod(module.quant_method, name, self.mixture_batch)
-                vllm_config.compilation_config.static_forward_context[name] = module.quant_method
 
     def forward(
         self,
@@ -93,11 +89,9 @@ class MixingModel(nn.Module):
         slots = self.mixture_batch.slots
         tokens = len(input_ids)
         self.mixture_batch.start(_query_start(), tokens)
-        # The same buffers each time: a captured CUDA graph reads where its inputs were.
-        ids, places = (buffer[: tokens * slots] for buffer in self.wide_inputs)
-        ids.view(tokens, slots).copy_(input_ids.unsqueeze(1))
-        places.view(tokens, slots).copy_(positions.unsqueeze(1))
-        hidden: Tensor = super().forward(ids, places, intermediate_tensors)
+        hidden: Tensor = super().forward(
+            input_ids.repeat_interleave(slots), positions.repeat_interleave(slots), intermediate_tensors
+        )
         return hidden.view(tokens, -1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
