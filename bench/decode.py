@@ -55,7 +55,7 @@ class Prompts:
 class Engine:
     """vLLM with the plugin and MOD over the adapters; without adapters vLLM as it is, the one model to compare with."""
 
-    def __init__(self, base: Path, adapters: list[Path], threads: int, compiled: bool) -> None:
+    def __init__(self, base: Path, adapters: list[Path], threads: int) -> None:
         from sipo.decoding.vllm import set_environment
 
         set_environment(kv_cache_gib=1, threads=threads)
@@ -65,14 +65,14 @@ class Engine:
         self.objectives = [folder.name for folder in adapters]
         limits: dict[str, Any] = {"dtype": "auto", "max_model_len": 2048, "max_num_seqs": 64}
         if adapters:
-            decoder = OfflineDecoder(base, slots=len(adapters), enforce_eager=not compiled, **limits)
+            decoder = OfflineDecoder(base, slots=len(adapters), **limits)
             decoder.load("set", dict(zip(self.objectives, adapters, strict=True)))
             self.llm = decoder.llm
         else:
             from vllm import LLM
 
             ours = ("hf_overrides", "logits_processors", "worker_extension_cls", "additional_config")
-            arguments = engine_arguments(base, slots=1, **limits) | {"enforce_eager": not compiled}
+            arguments = engine_arguments(base, slots=1, **limits)
             self.llm = LLM(**{name: value for name, value in arguments.items() if name not in ours})
 
     def seconds(self, prompts: list[list[int]], tokens: int, first_weight: float = 0.5) -> float:
@@ -193,9 +193,9 @@ class Server:
 
 
 @contextmanager
-def served(base: Path, folder: Path, adapters: list[Path], threads: int | None) -> Iterator[Server]:
-    environment = {} if threads is None else {"SIPO_DECODER_THREADS": str(threads)}
-    with ServedDecoder.start(base, folder, SIPO_DECODER_DTYPE="auto", **environment) as decoder:
+def served(base: Path, folder: Path, adapters: list[Path]) -> Iterator[Server]:
+    """With the settings that a user gets."""
+    with ServedDecoder.start(base, folder, SIPO_DECODER_DTYPE="auto") as decoder:
         draft = Draft(
             name="bench",
             base=BaseModelRef(name=BUNDLED_MODEL, sha256=model_sha256(base, CACHE)),
@@ -226,19 +226,19 @@ def base_values(base: Path) -> int:
     return count
 
 
-def compare(rounds: int, threads: int, compiled: bool) -> list[Figure]:
+def compare(rounds: int, threads: int) -> list[Figure]:
     base = resolve_model(BUNDLED_MODEL, CACHE)
     prompts = Prompts()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         adapters = [random_adapter(base, folder / name, seed=i, rank=RANK, scale=0.02) for i, name in enumerate(OBJECTIVES)]
         two = adapters[:2]
-        plain = stack.enter_context(Process.start(Engine, base, [], threads, compiled))
-        mod2 = stack.enter_context(Process.start(Engine, base, two, threads, compiled))
-        mod4 = stack.enter_context(Process.start(Engine, base, adapters, threads, compiled))
+        plain = stack.enter_context(Process.start(Engine, base, [], threads))
+        mod2 = stack.enter_context(Process.start(Engine, base, two, threads))
+        mod4 = stack.enter_context(Process.start(Engine, base, adapters, threads))
         published = stack.enter_context(Process.start(Published, base, two, threads))
         (folder / "server").mkdir()
-        server = stack.enter_context(served(base, folder / "server", two, None))
+        server = stack.enter_context(served(base, folder / "server", two))
 
         def warm_up() -> None:
             for engine in (plain, mod2, mod4):
@@ -290,12 +290,10 @@ def compare(rounds: int, threads: int, compiled: bool) -> list[Figure]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="OpenMP threads of the engines in process")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile, for vLLM alone too")
-    options = parser.parse_args()
-    how = "compiled" if options.compiled else "eager"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, {how}, SmolLM2-135M"
-    report("decode", machine, compare(options.rounds, options.threads, options.compiled))
+    rounds = parser.parse_args().rounds
+    threads = os.cpu_count() or 1
+    machine = f"{platform.machine()}, {threads} cores, eager, SmolLM2-135M, {rounds} rounds"
+    report("decode", machine, compare(rounds, threads))
 
 
 if __name__ == "__main__":

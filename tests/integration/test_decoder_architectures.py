@@ -28,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sipo.decoding.mixing import Rule
+from sipo.decoding import Rule
 from sipo.decoding.reference import ReferenceDecoder
 from sipo.decoding.request import Entry, Mixture, base_mixture, mixture, policy_entry
 from sipo.lora import TARGETS, load_adapter
@@ -49,7 +49,7 @@ SHAPE = {
     "eos_token_id": 0,
 }
 ARCHITECTURES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 1}),  # of which two ranks have a copy each
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 16}),  # shorter than the prompts
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
@@ -96,7 +96,7 @@ class Model:
         self.model_class, config_class, own = ARCHITECTURES[architecture]
         torch.manual_seed(1)
         self.folder = folder
-        self._save(self.model_class(config_class(vocab_size=len(tokenizer), **SHAPE, **own)), folder, tokenizer)
+        self._save(self.model_class(config_class(vocab_size=len(tokenizer), **(SHAPE | own))), folder, tokenizer)
         # Different ranks and scalings, and one adapter leaves out some layers that the other has.
         self._adapter("a", LoraConfig(r=3, lora_alpha=6, target_modules=list(TARGETS)))
         self._adapter("b", LoraConfig(r=5, lora_alpha=10, target_modules=["q_proj", "o_proj", "up_proj"], use_rslora=True))

@@ -116,7 +116,7 @@ async def test_penalties_lower_what_was_said_before(mixed: Mixed) -> None:
     assert await mixed.tokens(max_tokens=8) != await mixed.tokens(max_tokens=8, repetition_penalty=2.0)
 
 
-async def test_stop_ends_before_the_word_and_min_tokens_waits(mixed: Mixed) -> None:
+async def test_stop_ends_before_the_word(mixed: Mixed) -> None:
     whole = (await mixed.ask(max_tokens=16))["choices"][0]["text"]
     word = whole[len(whole) // 2 :][:3]
 
