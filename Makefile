@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # Compiled at installation, as pip does it: the first start, and every start where Python may not write, is a minute shorter.
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help setup demo up test bench-decode check lint types compose-check lock clean
+.PHONY: help setup demo up test bench-decode bench-gpu check lint types compose-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -45,6 +45,9 @@ test: setup  ## all tests
 
 bench-decode: setup  ## what mixing costs against one model, one request at a time and the engine alone
 	$(BIN)/python -m bench.decode
+
+bench-gpu: setup  ## on a GPU: deltas in CUDA graphs, the reference, and the compiled decoder against it
+	$(BIN)/python -m bench.gpu
 
 check: lint types compose-check  ## ruff, strict mypy, compose and Dockerfile lint
 

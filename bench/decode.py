@@ -56,28 +56,29 @@ class Engine:
     """vLLM with the plugin and MOD over the adapters; without adapters vLLM as it is, the one model to compare with."""
 
     def __init__(self, base: Path, adapters: list[Path], threads: int) -> None:
+        from sipo.decoding import OfflineDecoder
         from sipo.decoding.vllm import set_environment
 
-        set_environment(kv_cache_gib=1, threads=threads)
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-        from sipo.decoding.vllm.engine import OfflineDecoder, engine_arguments
-
         self.objectives = [folder.name for folder in adapters]
         limits: dict[str, Any] = {"dtype": "auto", "max_model_len": 2048, "max_num_seqs": 64}
         if adapters:
-            decoder = OfflineDecoder(base, slots=len(adapters), **limits)
-            decoder.load("set", dict(zip(self.objectives, adapters, strict=True)))
-            self.llm = decoder.llm
+            policies = dict(zip(self.objectives, adapters, strict=True))
+            self.llm = OfflineDecoder(base, policies, kv_cache_gib=1, threads=threads, **limits).llm
         else:
+            set_environment(kv_cache_gib=1, threads=threads)
             from vllm import LLM
 
+            from sipo.decoding.vllm.engine import engine_arguments
+
             ours = ("hf_overrides", "logits_processors", "worker_extension_cls", "additional_config")
-            arguments = engine_arguments(base, slots=1, **limits)
+            arguments = engine_arguments(base, slots=1, tensor_parallel=1, compiled=False, ranks=0, **limits)
             self.llm = LLM(**{name: value for name, value in arguments.items() if name not in ours})
 
     def seconds(self, prompts: list[list[int]], tokens: int, first_weight: float = 0.5) -> float:
         from vllm import SamplingParams
 
+        from sipo.decoding.offline import POLICIES
         from sipo.decoding.request import EXTRA_ARG, mixture
 
         extra: dict[str, Any] = {}
@@ -85,7 +86,7 @@ class Engine:
         if self.objectives:
             rest = (1 - first_weight) / (len(self.objectives) - 1)
             weights = {name: first_weight if i == 0 else rest for i, name in enumerate(self.objectives)}
-            chosen, _ = mixture("set", self.objectives, weights)
+            chosen, _ = mixture(POLICIES, self.objectives, weights)
             extra = {"extra_args": {EXTRA_ARG: chosen.model_dump_json()}}
             salt = {"cache_salt": chosen.cache_salt()}
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **extra)
@@ -103,7 +104,7 @@ class Engine:
 
 
 def _adapter_values(model: Any) -> int:
-    (resident,) = model.mixture_batch.sets.values()
+    (resident,) = model.mixture_batch.residents.sets.values()
     return sum(delta.a.numel() + delta.b.numel() for delta in resident.deltas.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,12 +10,39 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 import structlog
+from xdist.remote import Producer
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
     from transformers import PreTrainedTokenizerFast
 
     from tests.decoder import ServedDecoder
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Of torch, here and in the services that tests start: two processes with as many threads as cores would wait for each other."""
+
+SERVED_DECODER = ("test_decoder.py", "test_decoder_fuzz.py", "test_decoder_parity.py", "test_decoder_sampling.py")
+"""The files whose tests share one running decoder, which takes most of a minute to start."""
+LONGEST = (*SERVED_DECODER, "test_stack.py", "test_decoder_architectures.py", "test_trainer_service.py")
+
+
+class FilesTogether(LoadScopeScheduling):
+    """Two processes share the tests: each file stays in one of them, as do the files with the served decoder."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = Path(nodeid.partition("::")[0]).name
+        return "served decoder" if name in SERVED_DECODER else name
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return FilesTogether(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that the two end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

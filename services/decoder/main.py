@@ -33,6 +33,8 @@ def main() -> None:
             settings.model,
             slots=settings.decoder_slots,
             tensor_parallel=settings.decoder_tensor_parallel,
+            compiled=settings.decoder_compiled,
+            ranks=settings.decoder_ranks,
             gpu_memory=settings.decoder_gpu_memory,
             tool_parser=settings.decoder_tool_parser,
             dtype=settings.decoder_dtype,

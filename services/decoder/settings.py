@@ -24,6 +24,12 @@ class DecoderSettings(CommonSettings):
         default=None, description="how the model writes calls of tools: a name of vLLM's --tool-call-parser, such as hermes"
     )
     decoder_tensor_parallel: int = Field(default=1, ge=1, description="devices that share the model's layers")
+    decoder_compiled: bool | None = Field(
+        default=None, description="torch.compile and CUDA graphs; by default on a GPU only: a CPU takes minutes at the start"
+    )
+    decoder_ranks: int = Field(
+        default=128, ge=1, description="when compiled: the ranks of all adapters in memory together may be so many"
+    )
     decoder_threads: int = Field(default=1, ge=1, description="OpenMP threads of the engine on a CPU")
     decoder_kv_cache_gib: int = Field(default=2, ge=1, description="memory for keys and values on a CPU")
     decoder_gpu_memory: float = Field(default=0.45, gt=0, le=1, description="part of the GPU's memory that the engine may take")

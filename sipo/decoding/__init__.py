@@ -1,14 +1,12 @@
-"""Multi-objective decoding (MOD, arXiv 2406.18853; SIPO Eq. 3): one token stream from several policies at given preference weights.
+"""Multi-objective decoding: one next-token distribution from several policies, at a weight that each request chooses.
 
-mixing      what a mixture is, as functions
-request     what one request asks of the decoder
-reference   the exact decoder on plain transformers, one forward per policy: slow, obviously right
-vllm/       the same inside vLLM, batched; nothing else imports vLLM
+OfflineDecoder  the decoder on a list of prompts and weights, without any service
+mixing          the mixing rules of the MOD paper, as functions of tensors
+request         what one request asks of the decoder
+reference       the exact decoder on plain transformers, one forward per policy: slow, obviously right
+vllm/           the same inside vLLM, batched; nothing else imports vLLM
 """
 
-from __future__ import annotations
+from sipo.decoding.offline import OfflineDecoder, Response
 
-from typing import Literal
-
-Rule = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "linear"]
-"""How policies are mixed: each is a function of that name in sipo.decoding.mixing. (Here, as it costs no import of torch.)"""
+__all__ = ["OfflineDecoder", "Response"]

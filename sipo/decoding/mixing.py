@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from sipo.decoding import Rule
+from sipo.decoding.request import Rule
 
 SMALL = -15.0
 """Below this logarithm log(1 + e^d) and e^s - 1 equal their first-order terms in float32; used where the terms underflow."""

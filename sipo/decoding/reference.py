@@ -12,23 +12,22 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from sipo.decoding import Rule
 from sipo.decoding.mixing import mix
-from sipo.decoding.request import BASE, LINEAR, REVERSE_KL
+from sipo.decoding.request import BASE, LINEAR, REVERSE_KL, Rule
 from sipo.preferences import normalize_weights
 
 
 class ReferenceDecoder:
     """A base model in float32 with one PEFT adapter per objective."""
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path]) -> None:
+    def __init__(self, base: Path, adapters: Mapping[str, Path], device: torch.device | str = "cpu") -> None:
         self.objectives = tuple(adapters)
         (first, folder), *others = adapters.items()
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         self.model = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
         for name, other in others:
             self.model.load_adapter(str(other), adapter_name=name)
-        self.model.eval()
+        self.model.eval().to(device)
 
     @torch.inference_mode()
     def generate(
@@ -78,9 +77,9 @@ class ReferenceDecoder:
         caches = {name: DynamicCache() for name in w}
 
         def step(unseen: Sequence[int]) -> Tensor:
-            ids = torch.tensor([list(unseen)])
+            ids = torch.tensor([list(unseen)], device=self.model.device)
             log_probs = torch.stack([self._next_log_probs(name, ids, cache) for name, cache in caches.items()])
-            return mix(rule, log_probs, torch.tensor(list(w.values())), alpha)
+            return mix(rule, log_probs, torch.tensor(list(w.values()), device=ids.device), alpha)
 
         return step
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sipo.decoding import Rule
 from sipo.errors import InvalidRequest
 from sipo.preferences import Weights, normalize_weights, one_hot_weights, uniform_weights
 
@@ -24,6 +23,9 @@ EXTRA_ARG = "sipo"
 MOD = "mod"
 SOUP = "soup"
 BASE = "base"
+
+Rule = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "linear"]
+"""How policies are mixed: each is a function of that name in sipo.decoding.mixing."""
 
 REVERSE_KL: Rule = "reverse_kl"
 LINEAR: Rule = "linear"
@@ -115,6 +117,20 @@ def mixture(
 def policy_entry(policy_set: str, objectives: Sequence[str], objective: str, weight: float) -> Entry:
     """One policy of a resident set alone."""
     return Entry(policy_set=policy_set, coefficients=tuple(one_hot_weights(objective, objectives).values()), weight=weight)
+
+
+def linear_mixture(policy_set: str, objectives: Sequence[str], coefficients: Mapping[str, float]) -> Mixture:
+    """Linear mixing over the base and the policies of one set. Raises InvalidRequest for an unknown model or no finite number."""
+    check_coefficients(coefficients, math.inf)
+    if unknown := sorted(coefficients.keys() - {BASE, *objectives}):
+        raise InvalidRequest(
+            f"unknown model {unknown[0]!r}: coefficients are for {BASE}, {', '.join(objectives)}", param="coefficients"
+        )
+    entries = [
+        Entry(weight=coefficient) if name == BASE else policy_entry(policy_set, objectives, name, coefficient)
+        for name, coefficient in coefficients.items()
+    ]
+    return Mixture(entries=tuple(entries), rule=LINEAR)
 
 
 def check_coefficients(coefficients: Mapping[str, Any], limit: float) -> None:

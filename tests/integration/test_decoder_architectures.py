@@ -28,9 +28,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sipo.decoding import Rule
 from sipo.decoding.reference import ReferenceDecoder
-from sipo.decoding.request import Entry, Mixture, base_mixture, mixture, policy_entry
+from sipo.decoding.request import Entry, Mixture, Rule, base_mixture, mixture, policy_entry
 from sipo.lora import TARGETS, load_adapter
 from sipo.preferences import Weights
 
@@ -67,24 +66,33 @@ BLOCKS = 40
 
 OFFLINE = """
 import json, sys
+from dataclasses import asdict
 from pathlib import Path
-from sipo.decoding.vllm import set_environment
-set_environment(kv_cache_gib=1, threads=1)
+from sipo.decoding import OfflineDecoder
 from sipo.decoding.request import Mixture
-from sipo.decoding.vllm.engine import OfflineDecoder
 
-for base, ranks, prompts, mixtures, tokens, blocks in json.load(sys.stdin):
-    decoder = OfflineDecoder(
-        Path(base), slots=3, dtype="float32", max_model_len=128, tensor_parallel=ranks, num_gpu_blocks_override=blocks,
-        disable_log_stats=False,
-    )
-    decoder.load("set", {name: Path(base, name) for name in "ab"})
-    mixtures = [Mixture.model_validate_json(text) for text in mixtures]
-    twice = [decoder.generate(prompts, mixtures, temperature=0, max_tokens=tokens, ignore_eos=True) for _ in range(2)]
-    counted = {metric.name: metric.value for metric in decoder.llm.get_metrics() if hasattr(metric, "value")}
-    print("RESULT", json.dumps({"twice": twice, "counted": counted}))
-    decoder.close()
+for base, options, prompts, mixtures, tokens, blocks, texts in json.load(sys.stdin):
+    policies = {name: Path(base, name) for name in "ab"}
+    with OfflineDecoder(
+        base, policies, slots=3, dtype="float32", max_model_len=128, threads=1, num_gpu_blocks_override=blocks,
+        disable_log_stats=False, **options,
+    ) as decoder:
+        # The set that the mixtures name is a later one, beside others and where another was.
+        decoder.load("short-lived", {"b": policies["b"]})
+        decoder.load("set", policies)
+        decoder.unload("short-lived")
+        mixtures = [Mixture.model_validate_json(text) for text in mixtures]
+        twice = [
+            decoder.generate_mixtures(prompts, mixtures, temperature=0, max_tokens=tokens, ignore_eos=True) for _ in range(2)
+        ]
+        counted = {metric.name: metric.value for metric in decoder.llm.get_metrics() if hasattr(metric, "value")}
+        alone = decoder.generate_mixtures(prompts[:1], mixtures[:1], temperature=0, max_tokens=tokens, ignore_eos=True)
+        responses = decoder.generate(*texts, mixing="linear", temperature=0, max_tokens=tokens, ignore_eos=True)
+        result = {"twice": twice, "alone": alone, "counted": counted, "responses": [asdict(r) for r in responses]}
+        print("RESULT", json.dumps(result))
 """
+
+TEXTS: tuple[list[str], list[Weights]] = (["One text,", "another"], [{"a": 0.3, "b": 0.7}, {"a": 1.5, "base": -0.5}])
 
 Answer = Callable[[list[int]], list[int]]
 
@@ -117,20 +125,20 @@ class Model:
 
     def cases(self) -> Iterator[tuple[Mixture, Answer]]:
         for weights in MOD:
-            yield mixture("set", OBJECTIVES, weights)[0], self._expected(weights)
+            yield mixture("set", OBJECTIVES, weights)[0], self.expected(weights)
         for rule, alpha in RULES:
             for weights in MOD[2:]:
-                yield mixture("set", OBJECTIVES, weights, rule=rule, alpha=alpha)[0], self._expected(weights, rule, alpha)
+                yield mixture("set", OBJECTIVES, weights, rule=rule, alpha=alpha)[0], self.expected(weights, rule, alpha)
         for coefficients in LINEAR_COEFFICIENTS:
             entries = tuple(
                 Entry(weight=c) if name == "base" else policy_entry("set", OBJECTIVES, name, c) for name, c in coefficients.items()
             )
-            yield Mixture(entries=entries, rule="linear"), self._expected(coefficients, "linear")
+            yield Mixture(entries=entries, rule="linear"), self.expected(coefficients, "linear")
         for weights in SOUPS:
             yield mixture("set", OBJECTIVES, weights, mode="soup")[0], self._soup(weights)
-        yield base_mixture(), self._expected({"base": 1.0}, "linear")
+        yield base_mixture(), self.expected({"base": 1.0}, "linear")
 
-    def _expected(self, weights: Weights, rule: Rule = "reverse_kl", alpha: float | None = None) -> Answer:
+    def expected(self, weights: Weights, rule: Rule = "reverse_kl", alpha: float | None = None) -> Answer:
         return lambda prompt: self.reference.generate(prompt, weights, max_tokens=TOKENS, rule=rule, alpha=alpha)
 
     def _soup(self, weights: Weights) -> Answer:
@@ -150,43 +158,67 @@ class Run:
     """One engine's answers to all mixtures and prompts, twice, with its counters; and the reference's."""
 
     expected: list[list[int]]
+    expected_responses: list[list[int]]
     twice: list[list[list[int]]]
+    alone: list[list[int]]
     counted: dict[str, float]
+    responses: list[dict[str, Any]]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two ranks": {"tensor_parallel": 2},
+    "compiled": {"compiled": True},
+}
+RUNS = [*((architecture, "plain") for architecture in ARCHITECTURES), ("llama", "two ranks"), ("llama", "compiled")]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Run]:
-    """By architecture and ranks. One process runs the engines one after the other: its imports take longer than any of them."""
-    keys, requests, expected = [], [], []
+def runs(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Run]:
+    """One process runs the engines one after the other: its imports take longer than any of them."""
+    requests, expected = [], []
     for architecture in ARCHITECTURES:
         model = Model(architecture, tiny_tokenizer, tmp_path_factory.mktemp(architecture))
         rows = [(prompt, chosen, answer) for chosen, answer in model.cases() for prompt in PROMPTS]
+        prompts = [prompt for prompt, *_ in rows]
         answers = [answer(prompt) for prompt, _, answer in rows]
+        texts = zip(*TEXTS, strict=True)
+        responses = [model.expected(weights, "linear")(tiny_tokenizer(text)["input_ids"]) for text, weights in texts]
         mixtures = [chosen.model_dump_json() for _, chosen, _ in rows]
-        for ranks in (1, 2) if architecture == "llama" else (1,):
-            keys.append((architecture, ranks))
-            expected.append(answers)
-            requests.append([str(model.folder), ranks, [prompt for prompt, *_ in rows], mixtures, TOKENS, BLOCKS])
+        for variant in (variant for name, variant in RUNS if name == architecture):
+            expected.append((answers, responses))
+            requests.append([str(model.folder), VARIANTS[variant], prompts, mixtures, TOKENS, BLOCKS, TEXTS])
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE],
         input=json.dumps(requests),
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(results) == len(keys), done.stdout[-2000:] + done.stderr[-2000:]
-    return {key: Run(answers, **result) for key, answers, result in zip(keys, expected, results, strict=True)}
+    assert len(results) == len(requests), done.stdout[-2000:] + done.stderr[-2000:]
+    keys = sorted(RUNS, key=lambda run: list(ARCHITECTURES).index(run[0]))
+    return {key: Run(*answers, **result) for key, answers, result in zip(keys, expected, results, strict=True)}
 
 
-@pytest.mark.parametrize(("architecture", "ranks"), [*((name, 1) for name in ARCHITECTURES), ("llama", 2)])
-def test_offline_tokens_equal_the_reference(runs: dict[tuple[str, int], Run], architecture: str, ranks: int) -> None:
+@pytest.mark.parametrize(("architecture", "variant"), RUNS)
+def test_offline_tokens_equal_the_reference(runs: dict[tuple[str, str], Run], architecture: str, variant: str) -> None:
     """All mixtures in one batch, some of them preempted in between; and again, when the prefix cache holds the prompts. With two
     ranks each has half of every layer, and of its deltas."""
-    run = runs[architecture, ranks]
+    run = runs[architecture, variant]
 
     assert run.twice == [run.expected, run.expected]
+    assert run.alone == run.expected[:1]
     assert len({tuple(tokens) for tokens in run.expected}) > len(run.expected) / 2
     assert run.counted["vllm:num_preemptions"] > 0
     assert run.counted["vllm:prefix_cache_hits"] > 0
+
+
+def test_the_library_takes_texts_and_one_weight_each(runs: dict[tuple[str, str], Run]) -> None:
+    run = runs["qwen3", "plain"]
+
+    assert [response["tokens"] for response in run.responses] == run.expected_responses
+    assert [response["weights"] for response in run.responses] == TEXTS[1]
+    assert {response["finish_reason"] for response in run.responses} == {"length"}
+    assert all(response["text"] for response in run.responses)

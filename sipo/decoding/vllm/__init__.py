@@ -3,11 +3,12 @@
 One request stays one engine request. Inside the model every token becomes `slots` rows, one per entry of the request's Mixture, so
 scheduling, paging, prefix caching, sampling and streaming remain vLLM's, and requests of any sets, modes and weights share a batch.
 
-batch      what the running requests ask for, row by row (vLLM's logits-processor hook), and the resident policy sets
+batch      what the running requests ask for, row by row (vLLM's logits-processor hook)
+residents  the resident policy sets, and each row's coefficients for them
 deltas     the adapters of a set on vLLM's linear layers
 model      the architectures with rows per slot and wide attention
 worker     loading and unloading policy sets in a running engine
-engine     how an engine is started, and the offline class
+engine     how an engine is started
 server     vLLM's OpenAI server as an ASGI app
 
 `register` is the entry point of vLLM's general plugins: vLLM calls it in each of its processes.

@@ -7,7 +7,6 @@ happens in the model, which reads `MixtureBatch` (one per engine) for coefficien
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,35 +19,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from sipo.decoding import Rule
-from sipo.decoding.request import EXTRA_ARG, LINEAR, REVERSE_KL, Entry, Mixture
+from sipo.decoding.request import EXTRA_ARG, LINEAR, REVERSE_KL, Entry, Mixture, Rule
+from sipo.decoding.vllm.residents import Residents, ResidentSet
 
 SLOTS = "sipo_slots"
-"""The key of vLLM's additional_config that holds the number of rows per token."""
-
-
-@dataclass(frozen=True)
-class Delta:
-    """All adapters of one set on one linear layer (vLLM's fused one): (x · a^T * coefficients) · b.
-
-    `a` [parts · R, in] and `b` [parts · R, out], where a fused layer's parts (q, k and v) are blocks of `b`'s diagonal.
-    """
-
-    a: Tensor
-    b: Tensor
-    parts: int
-
-
-@dataclass(frozen=True)
-class ResidentSet:
-    """A loaded policy set: `ranks` per adapter (sum R) and its deltas by the fused layer's name."""
-
-    ranks: tuple[int, ...]
-    deltas: dict[str, Delta]
-
-    @property
-    def parts(self) -> set[int]:
-        return {delta.parts for delta in self.deltas.values()}
+RANKS = "sipo_ranks"
+"""The keys of vLLM's additional_config for the number of rows per token, and for the columns of FixedResidents."""
 
 
 class MixtureBatch:
@@ -56,49 +32,52 @@ class MixtureBatch:
 
     def __init__(self, slots: int, device: torch.device, dtype: torch.dtype) -> None:
         self.slots = slots
-        self.sets: dict[str, ResidentSet] = {}
+        self.residents = Residents(device, dtype)
         self.requests: dict[int, Mixture] = {}
         """By row of vLLM's batch: 0 … n-1 while a batch runs."""
-        self.active: list[tuple[ResidentSet, dict[int, Tensor]]] = []
-        """For this forward pass: the sets in use, with each row's coefficients [tokens · slots, parts · R] by number of parts."""
+        self.active: list[tuple[ResidentSet, Tensor]] = []
+        """For this forward pass: the sets in use, with each row's coefficients [tokens · slots, R]."""
         self._device = device
-        self._dtype = dtype
         self._weights: Tensor | None = None
         self._by_rule: dict[tuple[Rule, float | None], Tensor] = {}
-        self._coefficients: list[tuple[ResidentSet, dict[int, Tensor]]] = []
+        self._coefficients: list[tuple[ResidentSet, Tensor]] = []
+        """As `active`, for one token of each request."""
         self._stale = True
         self._dummy = False
 
     def changed(self) -> None:
-        """Requests came, went or moved, or sets were loaded: the tensors are made anew when next needed."""
+        """Requests came, went or moved: the tensors are made anew before the next forward pass."""
         self._stale = True
 
+    def prepare(self) -> None:
+        """Before each forward pass, and all there is before one that replays a CUDA graph: every request goes on by one token."""
+        self._dummy = False
+        if self._stale:
+            self._rebuild()
+            self._stale = False
+        self.active = self.residents.place(self._coefficients)
+
     def start(self, query_start: Tensor | None, tokens: int) -> None:
-        """Spreads the requests' coefficients over the rows of a forward pass.
+        """In a forward pass: spreads the requests' coefficients over its rows where a request has several tokens.
 
         `query_start` [n + 1] are the boundaries of the requests' tokens, None in vLLM's own trial runs, where no request exists.
         """
-        self._dummy = query_start is None
-        if query_start is None:
-            self.active = []
+        if query_start is None or not self.requests:
+            self._dummy = True
+            self.active = self.residents.place([])
             return
-        if self._stale:
-            self._rebuild()
         counts = query_start.diff()
         if len(counts) != len(self.requests) or int(query_start[-1]) != tokens:
             covered = f"{len(counts)} requests, {int(query_start[-1])} of {tokens} tokens"
             raise RuntimeError(f"{len(self.requests)} mixtures for {covered}")
-        if tokens == len(counts):
-            self.active = self._coefficients
-        else:
+        if tokens != len(counts):
             # A request's slots are repeated together, once per token.
-            self.active = [
-                (chosen, {parts: self._spread(table, counts, tokens) for parts, table in tables.items()})
-                for chosen, tables in self._coefficients
-            ]
-
-    def _spread(self, table: Tensor, counts: Tensor, tokens: int) -> Tensor:
-        return table.view(len(counts), -1).repeat_interleave(counts, dim=0).view(tokens * self.slots, -1)
+            self.active = self.residents.place(
+                [
+                    (chosen, table.view(len(counts), -1).repeat_interleave(counts, dim=0).view(tokens * self.slots, -1))
+                    for chosen, table in self._coefficients
+                ]
+            )
 
     def weights(self, rows: int) -> Tensor:
         """The mixing weights [rows, slots] in float32 for the rows whose logits vLLM wants: one per request."""
@@ -123,23 +102,10 @@ class MixtureBatch:
             if mixture.rule not in (REVERSE_KL, LINEAR):
                 by_rule.setdefault((mixture.rule, mixture.alpha), []).append(row)
         self._by_rule = {rule: torch.tensor(members, device=self._device) for rule, members in by_rule.items()}
-        entries = [entry for row in rows for entry in row]
-        self._coefficients = []
-        for key in {entry.policy_set for entry in entries} - {""}:
-            chosen = self.sets[key]
-            zeros = (0.0,) * len(chosen.ranks)
-            table = torch.tensor([entry.coefficients if entry.policy_set == key else zeros for entry in entries])
-            expanded = table.repeat_interleave(torch.tensor(chosen.ranks), dim=1).to(self._device, self._dtype)
-            self._coefficients.append((chosen, {parts: expanded.repeat(1, parts) for parts in chosen.parts}))
-        self._stale = False
+        self._coefficients = self.residents.coefficients([entry for row in rows for entry in row])
 
     def _padded(self, mixture: Mixture) -> Sequence[Entry]:
         """One entry per slot: unused slots compute the base and have no weight."""
-        for entry in mixture.entries:
-            if entry.policy_set and entry.policy_set not in self.sets:
-                raise RuntimeError(f"a request names the policy set {entry.policy_set!r}, which is not loaded")
-            if entry.policy_set and len(entry.coefficients) != len(self.sets[entry.policy_set].ranks):
-                raise RuntimeError(f"{len(entry.coefficients)} coefficients for the adapters of {entry.policy_set!r}")
         if len(mixture.entries) > self.slots:
             raise RuntimeError(f"a request has {len(mixture.entries)} entries, this decoder has {self.slots} slots")
         return [*mixture.entries, *[Entry(weight=0.0)] * (self.slots - len(mixture.entries))]
@@ -179,6 +145,7 @@ class MixtureProcessor(LogitsProcessor):  # type: ignore[misc]
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         if process_dict_updates(self.batch.requests, batch_update, lambda params, *_: read_mixture(params)):
             self.batch.changed()
+        self.batch.prepare()
 
 
 def read_mixture(params: SamplingParams) -> Mixture:

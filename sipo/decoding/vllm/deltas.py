@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from sipo.decoding.vllm.batch import Delta, MixtureBatch, ResidentSet
+from sipo.decoding.vllm.batch import RANKS, SLOTS, MixtureBatch
+from sipo.decoding.vllm.residents import Delta, FixedResidents, ResidentSet
 from sipo.errors import IncompatiblePolicy
 from sipo.lora import LoraAdapter, stack
 
@@ -45,10 +47,18 @@ class DeltaMethod(QuantizeMethodBase):  # type: ignore[misc]
         output: Tensor = self.inner.apply(layer, x, bias)
         for chosen, coefficients in self.batch.active:
             if delta := chosen.deltas.get(self.name):
-                inner = nn.functional.linear(x, delta.a)
-                inner *= coefficients[delta.parts]
-                output.addmm_(inner, delta.b)
+                delta.add(output, x, coefficients)
         return output
+
+
+def fixed_residents(linears: Mapping[str, nn.Module], config: VllmConfig) -> FixedResidents:
+    """Room for the sets beside this rank's linear layers."""
+    shapes = {
+        name: (_local_inputs(linear), _local_outputs(linear), len(FUSED[name.rpartition(".")[2]]))
+        for name, linear in linears.items()
+    }
+    rows = config.scheduler_config.max_num_batched_tokens * config.additional_config[SLOTS]
+    return FixedResidents(config.device_config.device, config.model_config.dtype, shapes, config.additional_config[RANKS], rows)
 
 
 def resident_set(linears: dict[str, nn.Module], adapters: Sequence[LoraAdapter]) -> ResidentSet:
@@ -70,7 +80,7 @@ def resident_set(linears: dict[str, nn.Module], adapters: Sequence[LoraAdapter])
 
 def _fused_delta(adapters: Sequence[LoraAdapter], ranks: tuple[int, ...], parts: list[str], linear: Any) -> Delta:
     """This rank's part: its columns of `a` where the input is split over ranks, its columns of `b` where the output is."""
-    inputs, local_inputs = linear.input_size, linear.input_size_per_partition if _splits_input(linear) else linear.input_size
+    inputs, local_inputs = linear.input_size, _local_inputs(linear)
     tensor_a: list[Tensor] = []
     tensor_b: list[Tensor] = []
     for i, (part, local_outputs) in enumerate(zip(parts, linear.output_partition_sizes, strict=True)):
@@ -97,6 +107,11 @@ def _splits_input(linear: nn.Module) -> bool:
     return isinstance(linear, RowParallelLinear)
 
 
+def _local_inputs(linear: Any) -> int:
+    inputs: int = linear.input_size_per_partition if _splits_input(linear) else linear.input_size
+    return inputs
+
+
 def _padded(adapter: LoraAdapter, module: str, rank: int, inputs: int, outputs: int) -> LoraAdapter:
     """The adapter with exactly `rank` columns for one module, so that one row of coefficients fits every layer."""
     a, b = adapter.modules.get(module, (torch.zeros(0, inputs), torch.zeros(outputs, 0)))
@@ -107,3 +122,7 @@ def _padded(adapter: LoraAdapter, module: str, rank: int, inputs: int, outputs: 
     missing = rank - a.shape[0]
     pad = nn.functional.pad
     return LoraAdapter({module: (pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))})
+
+
+def _local_outputs(linear: Any) -> int:
+    return sum(linear.output_partition_sizes)

@@ -20,8 +20,8 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.sequence import IntermediateTensors
 
 from sipo.decoding.mixing import mix, mix_hidden_states
-from sipo.decoding.vllm.batch import ResidentSet, batch_of
-from sipo.decoding.vllm.deltas import FUSED, DeltaMethod, resident_set
+from sipo.decoding.vllm.batch import batch_of
+from sipo.decoding.vllm.deltas import FUSED, DeltaMethod, fixed_residents, resident_set
 from sipo.lora import LoraAdapter
 
 PREFIX = "Sipo"
@@ -64,8 +64,11 @@ class MixingModel(nn.Module):
             raise ValueError("the decoder's plugin keeps all layers on each rank: set the pipeline parallel size to 1")
         if vllm_config.speculative_config is not None:
             raise ValueError("a draft model proposes for one policy, not for a mixture: leave out speculative decoding")
-        if vllm_config.compilation_config.mode != CompilationMode.NONE:
-            raise ValueError("the decoder's plugin is not made for compiled graphs: set enforce_eager")
+        mode = vllm_config.compilation_config.mode
+        if mode not in (CompilationMode.NONE, CompilationMode.DYNAMO_TRACE_ONCE):
+            raise ValueError(
+                "the decoder's plugin has more rows than vLLM's piecewise graphs: compile in one piece, mode 2, or not at all"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.mixture_batch = batch_of(vllm_config)
         self.linears: dict[str, nn.Module] = {}
@@ -76,6 +79,8 @@ class MixingModel(nn.Module):
             elif name.rpartition(".")[2] in FUSED:
                 self.linears[name] = module
                 module.quant_method = DeltaMethod(module.quant_method, name, self.mixture_batch)
+        if mode != CompilationMode.NONE:
+            self.mixture_batch.residents = fixed_residents(self.linears, vllm_config)
 
     def forward(
         self,
@@ -112,9 +117,12 @@ class MixingModel(nn.Module):
         logits: Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]  # of the class that this is mixed into
         return logits
 
-    def resident_set(self, adapters: list[LoraAdapter]) -> ResidentSet:
-        """The adapters as this model needs them. Raises IncompatiblePolicy for one that does not fit the base."""
-        return resident_set(self.linears, adapters)
+    def load(self, key: str, adapters: list[LoraAdapter]) -> None:
+        """Makes a set resident. Raises IncompatiblePolicy for adapters that do not fit the base, or find no room."""
+        self.mixture_batch.residents.add(key, resident_set(self.linears, adapters))
+
+    def unload(self, key: str) -> None:
+        self.mixture_batch.residents.remove(key)
 
 
 def _query_start() -> Tensor | None:

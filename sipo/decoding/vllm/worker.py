@@ -21,12 +21,11 @@ class PolicyWorker:
         """Makes a set resident under `key`; `adapters` are PEFT folders in the order of the coefficients."""
         model: MixingModel = self.model_runner.get_model()
         try:
-            resident = model.resident_set([load_adapter(Path(folder)) for folder in adapters])
+            model.load(key, [load_adapter(Path(folder)) for folder in adapters])
         except IncompatiblePolicy as error:
             return error.message
-        model.mixture_batch.sets[key] = resident
         return None
 
     def sipo_unload(self, key: str) -> None:
         """The set must have no running request: the caller counts them."""
-        del self.model_runner.get_model().mixture_batch.sets[key]
+        self.model_runner.get_model().unload(key)
