@@ -15,7 +15,7 @@ from pathlib import Path
 from services.common.jobs import JobSpec
 from sipo.errors import Conflict, InvalidRequest
 from sipo.policies import BASE, PolicyStore
-from sipo.preferences import Example, normalize_weights
+from sipo.preferences import Example, check_objectives, normalize_weights
 
 
 def settle_spec(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore) -> JobSpec:
@@ -55,6 +55,7 @@ def _objectives(spec: JobSpec, examples: Sequence[Example], policies: PolicyStor
         objectives = spec.objectives or list(dict.fromkeys(name for example in examples for name in example.labels))
         if len(set(objectives)) < 2:
             raise InvalidRequest(f"at least two objectives are needed, not just {', '.join(objectives)}", param="objectives")
+        check_objectives(objectives)
         return list(dict.fromkeys(objectives))
     current = policies.current(spec.policy)
     if current is None:

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, NotFound
-from sipo.preferences import Weights, uniform_weights
+from sipo.preferences import Weights, check_objectives, uniform_weights
 from sipo.prompts import PromptFormat
 
 POLICY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -188,6 +188,7 @@ class PolicyStore:
             raise InvalidRequest(f"{draft.name!r} is no policy name: small letters, digits, - and _; not {BASE!r}", param="policy")
         if list(adapters) != draft.objectives or len(adapters) < 2:
             raise InvalidRequest(f"a policy set needs one adapter for each of two or more objectives, got {', '.join(adapters)}")
+        check_objectives(draft.objectives)
         home = self.root / draft.name
         home.mkdir(parents=True, exist_ok=True)
         _sweep(home)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from sipo.errors import InvalidWeights
+from sipo.errors import InvalidRequest, InvalidWeights
 
 Weights = dict[str, float]
 """Preference weights by objective: every objective of the set is present, each >= 0, together 1."""
@@ -22,6 +22,9 @@ SUM_TOLERANCE = 1e-3
 MAX_SAMPLING_WEIGHTS = 8
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+
+MODES = ("mod", "soup", "base")
+"""The words that a request's `mode` has besides the objectives: no objective may be called so."""
 
 ObjectiveName = Annotated[str, StringConstraints(pattern=rf"^{_NAME.pattern}$")]
 
@@ -50,6 +53,17 @@ class Example(BaseModel):
         pair = (self.response_0, self.response_1)
         label = self.labels[objective]
         return pair[label], pair[1 - label]
+
+
+def check_objectives(objectives: Sequence[str], *, param: str = "objectives") -> None:
+    """Raises InvalidRequest for a name that no objective can have."""
+    for name in objectives:
+        if name in MODES or not _NAME.fullmatch(name):
+            raise InvalidRequest(
+                f"{name!r} cannot be an objective's name: a letter, then up to 63 letters, digits, - and _; "
+                f"and not one of the modes {', '.join(MODES)}",
+                param=param,
+            )
 
 
 def normalize_weights(weights: Mapping[str, float], objectives: Sequence[str], *, param: str = "preference_weights") -> Weights:

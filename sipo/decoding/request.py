@@ -15,14 +15,12 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sipo.errors import InvalidRequest
-from sipo.preferences import Weights, normalize_weights, one_hot_weights, uniform_weights
+from sipo.preferences import MODES, Weights, normalize_weights, one_hot_weights, uniform_weights
 
 EXTRA_ARG = "sipo"
 """The key in vLLM's SamplingParams.extra_args (vllm_xargs in HTTP bodies) under which a Mixture travels, as JSON."""
 
-MOD = "mod"
-SOUP = "soup"
-BASE = "base"
+MOD, SOUP, BASE = MODES
 
 Rule = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "linear"]
 """How policies are mixed: each is a function of that name in sipo.decoding.mixing."""

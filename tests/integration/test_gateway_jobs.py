@@ -79,6 +79,7 @@ async def test_an_uploaded_file_and_inline_examples_make_the_same_job(gateway: h
         (rows(2), {"objectives": ["concise", "polite"]}, 400, "demo:1 has policies for concise, warm"),
         (rows(2), {"policy": "new", "objectives": ["concise", "polite"]}, 400, "'polite': the labels found are concise, warm"),
         (rows(2), {"policy": "base"}, 400, "base"),
+        ([{**row, "labels": {"soup": 0, "warm": 1}} for row in rows(2)], {"policy": "new"}, 400, "'soup' cannot be an objective's"),
         (rows(2), {"weights": [{"concise": 0.5, "warm": 0.9}]}, 400, "sum to 1.4"),
         (rows(2), {"review_weights": {"concise": 1}}, 400, "no weight for 'warm'"),
         (rows(0, 3), {}, 400, "0 of 3 conflict"),

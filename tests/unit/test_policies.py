@@ -137,6 +137,16 @@ def test_a_name_that_could_not_be_asked_for_is_refused(
         store.publish(draft(name), adapters, base)
 
 
+@pytest.mark.parametrize("name", ["mod", "soup", "base", "../x", "a b", ""])
+def test_an_objective_that_could_not_be_asked_for_is_refused(
+    store: PolicyStore, adapters: dict[str, Path], base: Path, name: str
+) -> None:
+    named = {name: adapters["helpful"], "harmless": adapters["harmless"]}
+    with pytest.raises(InvalidRequest, match="cannot be an objective's name"):
+        store.publish(draft(objectives=tuple(named)), named, base)
+    assert not store.root.exists()
+
+
 def test_one_objective_is_no_set(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
     with pytest.raises(InvalidRequest, match="two or more"):
         store.publish(draft(objectives=("helpful",)), {"helpful": adapters["helpful"]}, base)
