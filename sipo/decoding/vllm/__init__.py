@@ -7,6 +7,7 @@ batch      what the running requests ask for, row by row (vLLM's logits-processo
 residents  the resident policy sets, and each row's coefficients for them
 deltas     the adapters of a set on vLLM's linear layers
 model      the architectures with rows per slot and wide attention
+kernels    faster RMS norms on a CPU
 worker     loading and unloading policy sets in a running engine
 engine     how an engine is started
 server     vLLM's OpenAI server as an ASGI app
@@ -20,9 +21,11 @@ import os
 
 
 def register() -> None:
+    from sipo.decoding.vllm.kernels import register_kernels
     from sipo.decoding.vllm.model import register_architectures
 
     register_architectures()
+    register_kernels()
 
 
 def set_environment(*, kv_cache_gib: int, threads: int) -> None:

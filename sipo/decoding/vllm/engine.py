@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sipo.decoding.vllm.batch import RANKS, SLOTS
+from sipo.decoding.vllm.kernels import OP_PRIORITY
 from sipo.decoding.vllm.model import PREFIX
 from sipo.errors import InvalidRequest
 
@@ -56,6 +57,7 @@ def engine_arguments(
         "enforce_eager": not compiled,
         # In one piece: vLLM's piecewise graphs are made for one row per token. A CUDA graph holds a whole step of decoding.
         "compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "cudagraph_mode": "FULL_DECODE_ONLY"} if compiled else {},
+        "ir_op_priority": {} if gpu or compiled else OP_PRIORITY,
         # A seeded request whose prompt is cut into chunks ends vLLM's CPU engine: it rewinds the request's random generator, which
         # only CUDA's can do. Whole prompts need no rewinding.
         "enable_chunked_prefill": gpu,
