@@ -78,8 +78,8 @@ class Engine:
     def seconds(self, prompts: list[list[int]], tokens: int, first_weight: float = 0.5) -> float:
         from vllm import SamplingParams
 
-        from sipo.decoding.offline import POLICIES
         from sipo.decoding.request import EXTRA_ARG, mixture
+        from sipo.decoding.vllm.offline import POLICIES
 
         extra: dict[str, Any] = {}
         salt: dict[str, str] = {}

@@ -22,9 +22,9 @@ from torch.nn.functional import linear
 
 from bench.report import Figure, report
 from sipo.decoding import OfflineDecoder
-from sipo.decoding.offline import POLICIES
 from sipo.decoding.reference import ReferenceDecoder
 from sipo.decoding.request import Entry, mixture
+from sipo.decoding.vllm.offline import POLICIES
 from sipo.decoding.vllm.residents import Delta, FixedResidents, ResidentSet
 from sipo.models import BUNDLED_MODEL, resolve_model
 from tests.decoder import random_adapter

@@ -7,6 +7,6 @@ reference       the exact decoder on plain transformers, one forward per policy:
 vllm/           the same inside vLLM, batched; nothing else imports vLLM
 """
 
-from sipo.decoding.offline import OfflineDecoder, Response
+from sipo.decoding.vllm.offline import OfflineDecoder, Response
 
 __all__ = ["OfflineDecoder", "Response"]

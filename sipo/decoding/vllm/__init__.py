@@ -10,6 +10,7 @@ model      the architectures with rows per slot and wide attention
 kernels    faster RMS norms on a CPU
 worker     loading and unloading policy sets in a running engine
 engine     how an engine is started
+offline    the engine on a list of prompts, without any service
 server     vLLM's OpenAI server as an ASGI app
 
 `register` is the entry point of vLLM's general plugins: vLLM calls it in each of its processes.
