@@ -5,6 +5,7 @@ docker-compose.yml says the same for containers, with the same commands and vari
 
 from __future__ import annotations
 
+import os
 import sys
 
 from services.common.processes import free_ports
@@ -16,6 +17,8 @@ LOCAL = "127.0.0.1"
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 """For processes whose tensors come and go on the CPU: memory that glibc keeps need not be mapped and zeroed for each (7 % of a
 training step)."""
+ENGINE_THREADS = str(max(1, (os.cpu_count() or 1) - 1))
+"""Of the decoder on a CPU, which it shares with everything else here."""
 SHARE_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 """For the scorer, which works beside the engine: its threads sleep while they wait for one another (a third of its CPU time)."""
 
@@ -44,6 +47,8 @@ def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[P
         "SIPO_SCORER_URL": urls["scorer"],
     }
 
+    threads = os.environ.get("SIPO_DECODER_THREADS", ENGINE_THREADS)
+
     def service(name: str, module: str, after: tuple[str, ...], **own: str) -> ProcessSpec:
         address = {"SIPO_HOST": settings.host if name == "gateway" else LOCAL, f"SIPO_{name.upper()}_PORT": str(ports[name])}
         return ProcessSpec(name, (sys.executable, "-m", module), env | address | own, f"{urls[name]}/ready", after)
@@ -57,7 +62,7 @@ def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[P
     return [
         *queue,
         # What takes long to load starts at once; what is quick waits, so that it stops before what it works with.
-        service("decoder", "services.decoder", after=()),
+        service("decoder", "services.decoder", after=(), SIPO_DECODER_THREADS=threads),
         service("reviewer", "services.reviewer", after=()),
         service("scorer", "services.scorer", after=needs_queue, **KEEP_MEMORY, **SHARE_CORES),
         service("trainer", "services.trainer", after=needs_queue, **KEEP_MEMORY),

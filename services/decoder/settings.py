@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 from pydantic import Field
@@ -31,10 +30,8 @@ class DecoderSettings(CommonSettings):
     decoder_ranks: int = Field(
         default=128, ge=1, description="when compiled: the ranks of all adapters in memory together may be so many"
     )
-    decoder_threads: int = Field(
-        default_factory=lambda: max(1, (os.cpu_count() or 1) - 1),
-        ge=1,
-        description="OpenMP threads of the engine on a CPU; by default all cores but one, which the HTTP side needs",
+    decoder_threads: int | None = Field(
+        default=None, ge=1, description="OpenMP threads of the engine; by default vLLM's choice, which is all cores on a CPU"
     )
     decoder_kv_cache_gib: int = Field(default=2, ge=1, description="memory for keys and values on a CPU")
     decoder_gpu_memory: float = Field(default=0.45, gt=0, le=1, description="part of the GPU's memory that the engine may take")

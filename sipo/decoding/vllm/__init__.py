@@ -29,7 +29,7 @@ def register() -> None:
     register_kernels()
 
 
-def set_environment(*, kv_cache_gib: int, threads: int) -> None:
+def set_environment(*, kv_cache_gib: int, threads: int | None) -> None:
     """vLLM reads these variables when it is imported or starts processes, so this comes first. What the operator has set stays."""
     defaults = {
         "VLLM_PLUGINS": "sipo",
@@ -37,7 +37,8 @@ def set_environment(*, kv_cache_gib: int, threads: int) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads),
     }
+    if threads is not None:
+        defaults["OMP_NUM_THREADS"] = str(threads)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -60,7 +60,7 @@ class OfflineDecoder:
         as they are. Raises IncompatiblePolicy for an adapter that cannot be mixed over this base, InvalidRequest for a model of
         another architecture.
         """
-        set_environment(kv_cache_gib=kv_cache_gib, threads=threads or os.cpu_count() or 1)
+        set_environment(kv_cache_gib=kv_cache_gib, threads=threads)
         # In this process, so that a script needs no `if __name__ == "__main__"`, and vLLM is imported once.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
