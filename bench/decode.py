@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import torch
 from safetensors import safe_open
 
 from bench.report import Figure, report
@@ -71,8 +72,8 @@ class Engine:
 
             from sipo.decoding.vllm.engine import engine_arguments
 
-            ours = ("hf_overrides", "logits_processors", "worker_extension_cls", "additional_config")
-            arguments = engine_arguments(base, slots=1, tensor_parallel=1, compiled=False, ranks=0, **limits)
+            ours = ("hf_overrides", "logits_processors", "worker_extension_cls", "additional_config", "compilation_config")
+            arguments = engine_arguments(base, slots=1, tensor_parallel=1, compiled=None, ranks=0, **limits)
             self.llm = LLM(**{name: value for name, value in arguments.items() if name not in ours})
 
     def seconds(self, prompts: list[list[int]], tokens: int, first_weight: float = 0.5) -> float:
@@ -112,12 +113,12 @@ class Published:
     """The published method: transformers, the adapters in turn for every token, one request at a time."""
 
     def __init__(self, base: Path, adapters: list[Path], threads: int) -> None:
-        import torch
-
         from sipo.decoding.reference import ReferenceDecoder
 
         torch.set_num_threads(threads)
-        self.decoder = ReferenceDecoder(base, {folder.name: folder for folder in adapters})
+        self.decoder = ReferenceDecoder(
+            base, {folder.name: folder for folder in adapters}, device="cuda" if torch.cuda.is_available() else "cpu"
+        )
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
         weights = {name: 1 / len(self.decoder.objectives) for name in self.decoder.objectives}
@@ -293,7 +294,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     threads = os.cpu_count() or 1
-    machine = f"{platform.machine()}, {threads} cores, eager, SmolLM2-135M, {rounds} rounds"
+    how = f"compiled, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "eager"
+    machine = f"{platform.machine()}, {threads} cores, {how}, SmolLM2-135M, {rounds} rounds"
     report("decode", machine, compare(rounds, threads))
 
 

@@ -19,7 +19,9 @@ log = structlog.get_logger(__name__)
 
 
 class Loader(Protocol):
-    async def load(self, key: str, adapters: Mapping[str, Path]) -> None: ...
+    async def load(self, key: str, adapters: Mapping[str, Path]) -> None:
+        """Raises Unavailable where sets in memory leave no room for this one."""
+        ...
 
     async def unload(self, key: str) -> None: ...
 
@@ -63,7 +65,16 @@ class ResidentSets:
                 "try again soon, or start the decoder with more SIPO_DECODER_SETS"
             )
         await asyncio.to_thread(policy_set.verify)
-        await self._loader.load(key, {name: policy_set.adapter_dir(name) for name in policy_set.objectives})
+        adapters = {name: policy_set.adapter_dir(name) for name in policy_set.objectives}
+        while True:
+            try:
+                await self._loader.load(key, adapters)
+                break
+            except Unavailable:
+                idle = next((other for other, requests in self._running.items() if not requests), None)
+                if idle is None:
+                    raise
+                await self._unload(idle)
         self._running[key] = 0
         log.info("policy set loaded", policy_set=policy_set.id)
 
@@ -75,6 +86,9 @@ class ResidentSets:
             for key in idle[: max(len(self._running) - self._capacity, 0)]:
                 # A request for it that comes now waits for the lock and loads it again, rather than lease what is about to go.
                 if not self._running[key]:
-                    del self._running[key]
-                    await self._loader.unload(key)
-                    log.info("policy set unloaded", policy_set=key)
+                    await self._unload(key)
+
+    async def _unload(self, key: str) -> None:
+        del self._running[key]
+        await self._loader.unload(key)
+        log.info("policy set unloaded", policy_set=key)

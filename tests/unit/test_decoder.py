@@ -51,11 +51,13 @@ def store(data_dir: Path) -> PolicyStore:
 
 
 class FakeEngine:
-    """vLLM's server as a mirror: its reply shows the request that it got. `broken` names a set that it refuses."""
+    """vLLM's server as a mirror: its reply shows the request that it got. `broken` names a set that it refuses, `room` is for so
+    many sets."""
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
         self.broken: str | None = None
+        self.room = 100
         self.failed = False
         self.app = FastAPI()
         self.app.post("/v1/completions")(self._complete)
@@ -64,6 +66,8 @@ class FakeEngine:
         await asyncio.sleep(0)
         if self.broken and key.startswith(self.broken):
             raise IncompatiblePolicy("does not fit")
+        if len(self.loaded) >= self.room:
+            raise Unavailable("no room")
         self.loaded.append(key)
 
     async def unload(self, key: str) -> None:
@@ -256,6 +260,25 @@ async def test_a_newcomer_does_not_wait_for_answers_on_older_sets_to_end(store: 
     async with residents.lease(b):
         pass
     assert engine.loaded == [resident_key(b)]
+
+
+async def test_idle_sets_leave_an_engine_that_has_no_room_for_another(store: PolicyStore) -> None:
+    engine = FakeEngine()
+    engine.room = 2
+    residents = ResidentSets(engine, 3)
+    a, b, c = (publish(store, f"{name}:1") for name in "abc")
+    async with residents.lease(a):
+        pass
+
+    async with residents.lease(b):
+        async with residents.lease(c):
+            assert engine.loaded == [resident_key(b), resident_key(c)]
+            with pytest.raises(Unavailable, match="no room"):
+                async with residents.lease(a):
+                    pass
+            assert engine.loaded == [resident_key(b), resident_key(c)]
+        async with residents.lease(a):
+            assert engine.loaded == [resident_key(b), resident_key(a)]
 
 
 async def test_a_set_is_loaded_once_for_many_requests_at_once(store: PolicyStore) -> None:

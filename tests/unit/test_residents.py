@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sipo.decoding.request import Entry
 from sipo.decoding.vllm.residents import Delta, FixedResidents, Residents, ResidentSet
-from sipo.errors import IncompatiblePolicy
+from sipo.errors import IncompatiblePolicy, Unavailable
 
 CPU = torch.device("cpu")
 INPUTS = 6
@@ -102,8 +102,10 @@ def test_a_set_without_room_is_refused_and_the_others_stay() -> None:
     residents.add("x", resident(2, 1))
     residents.add("y", resident(3))
 
-    with pytest.raises(IncompatiblePolicy, match=r"ranks of 2 together.*SIPO_DECODER_RANKS"):
+    with pytest.raises(Unavailable, match=r"ranks of 2 together.*SIPO_DECODER_RANKS"):
         residents.add("z", resident(2))
+    with pytest.raises(IncompatiblePolicy, match=r"ranks of 8 together.*7 columns.*SIPO_DECODER_RANKS=16"):
+        residents.add("z", resident(5, 3))
 
     assert set(residents.sets) == {"x", "y"}
     residents.add("small", resident(1))

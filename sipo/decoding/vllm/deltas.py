@@ -112,6 +112,10 @@ def _local_inputs(linear: Any) -> int:
     return inputs
 
 
+def _local_outputs(linear: Any) -> int:
+    return sum(linear.output_partition_sizes)
+
+
 def _padded(adapter: LoraAdapter, module: str, rank: int, inputs: int, outputs: int) -> LoraAdapter:
     """The adapter with exactly `rank` columns for one module, so that one row of coefficients fits every layer."""
     a, b = adapter.modules.get(module, (torch.zeros(0, inputs), torch.zeros(outputs, 0)))
@@ -122,7 +126,3 @@ def _padded(adapter: LoraAdapter, module: str, rank: int, inputs: int, outputs: 
     missing = rank - a.shape[0]
     pad = nn.functional.pad
     return LoraAdapter({module: (pad(a, (0, 0, 0, missing)), pad(b, (0, missing)))})
-
-
-def _local_outputs(linear: Any) -> int:
-    return sum(linear.output_partition_sizes)

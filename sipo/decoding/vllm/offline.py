@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from sipo.decoding.request import BASE, EXTRA_ARG, LINEAR, MOD, REVERSE_KL, Mixture, Rule, base_mixture, linear_mixture, mixture
 from sipo.decoding.vllm import set_environment
-from sipo.errors import IncompatiblePolicy, InvalidRequest
+from sipo.decoding.vllm.worker import check_loaded
+from sipo.errors import InvalidRequest, SipoError
 from sipo.preferences import Weights
 
 Prompt = str | Sequence[int]
@@ -82,7 +83,7 @@ class OfflineDecoder:
         self.llm = LLM(**(arguments | options))
         try:
             self.load(POLICIES, policies)
-        except IncompatiblePolicy:
+        except SipoError:
             self.close()
             raise
 
@@ -130,18 +131,21 @@ class OfflineDecoder:
         return [list(output.token_ids) for output in self._run(prompts, mixtures, sampling)]
 
     def load(self, key: str, policies: Mapping[str, str | Path]) -> None:
-        """Makes another set resident: mixtures name it by `key`. Raises IncompatiblePolicy."""
-        refusals = self.llm.collective_rpc("sipo_load", args=(key, [str(folder) for folder in policies.values()]))
-        if refusal := next(filter(None, refusals), None):
-            raise IncompatiblePolicy(refusal)
+        """Makes another set resident: mixtures name it by `key`. Raises as check_loaded."""
+        folders = [str(folder) for folder in policies.values()]
+        check_loaded(self.llm.collective_rpc("sipo_load", args=(key, folders)))
 
     def unload(self, key: str) -> None:
         self.llm.collective_rpc("sipo_unload", args=(key,))
 
     def _mixture(self, weights: Mapping[str, float] | None, mode: str, rule: Rule, alpha: float | None) -> tuple[Mixture, Weights]:
         if mode == BASE:
+            if weights is not None:
+                raise InvalidRequest("the base model has no objectives: leave out weights", param="weights")
             return base_mixture(), {}
         if rule == LINEAR:
+            if mode != MOD or alpha is not None:
+                raise InvalidRequest("linear mixing has coefficients only: leave out mode and mixing_alpha", param="mixing")
             coefficients = dict(weights or {})
             return linear_mixture(POLICIES, self.objectives, coefficients), coefficients
         return mixture(POLICIES, self.objectives, weights, mode, rule=rule, alpha=alpha)

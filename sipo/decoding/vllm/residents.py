@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sipo.decoding.request import Entry
-from sipo.errors import IncompatiblePolicy
+from sipo.errors import IncompatiblePolicy, Unavailable
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class FixedResidents(Residents):
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
 
     def add(self, key: str, resident: ResidentSet) -> None:
-        """Raises IncompatiblePolicy where the set finds no room."""
+        """Raises IncompatiblePolicy for a set that is wider than all columns, Unavailable where others leave no room for it."""
         columns = self._room(sum(resident.ranks))
         for name, whole in self._whole.deltas.items():
             for target, source in ((whole.a, "a"), (whole.b, "b")):
@@ -128,14 +128,20 @@ class FixedResidents(Residents):
 
     def _room(self, wanted: int) -> slice:
         """The first gap that is wide enough."""
+        columns = len(self._whole.ranks)
+        if wanted > columns:
+            raise IncompatiblePolicy(
+                f"the set's adapters have ranks of {wanted} together, this decoder has {columns} columns for all sets in memory: "
+                f"start it with SIPO_DECODER_RANKS={2 * wanted} or more"
+            )
         start = 0
         for taken in sorted(self._columns.values(), key=lambda columns: columns.start):
             if taken.start - start >= wanted:
                 break
             start = taken.stop
-        if start + wanted > len(self._whole.ranks):
-            raise IncompatiblePolicy(
-                f"the set's adapters have ranks of {wanted} together, and of the {len(self._whole.ranks)} columns for all resident "
-                "sets not as many are free side by side: start the decoder with more SIPO_DECODER_RANKS"
+        if start + wanted > columns:
+            raise Unavailable(
+                f"the set's adapters have ranks of {wanted} together, and sets in use leave not as many of the {columns} columns "
+                "free side by side: try again soon, or start the decoder with more SIPO_DECODER_RANKS"
             )
         return slice(start, start + wanted)

@@ -20,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from sipo.decoding.vllm.engine import engine_arguments
-from sipo.errors import IncompatiblePolicy
+from sipo.decoding.vllm.worker import check_loaded
 
 
 class OpenAIServer:
@@ -36,10 +36,9 @@ class OpenAIServer:
         return bool(self._client.errored)
 
     async def load(self, key: str, adapters: Mapping[str, Path]) -> None:
-        """Makes a set resident under `key`, between two steps of the engine. Raises IncompatiblePolicy."""
-        refusals = await self._client.collective_rpc("sipo_load", args=(key, [str(folder) for folder in adapters.values()]))
-        if refusal := next(filter(None, refusals), None):
-            raise IncompatiblePolicy(refusal)
+        """Makes a set resident under `key`, between two steps of the engine. Raises as check_loaded."""
+        folders = [str(folder) for folder in adapters.values()]
+        check_loaded(await self._client.collective_rpc("sipo_load", args=(key, folders)))
 
     async def unload(self, key: str) -> None:
         await self._client.collective_rpc("sipo_unload", args=(key,))

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sipo.errors import IncompatiblePolicy
+from sipo.errors import IncompatiblePolicy, Unavailable
 from sipo.lora import load_adapter
 
 if TYPE_CHECKING:
     from sipo.decoding.vllm.model import MixingModel
 
 
+Refusal = tuple[str, str]
+"""An error's class and message: between processes an exception would lose its type."""
+
+
 class PolicyWorker:
-    """vLLM's --worker-extension-cls. Refusals are returned as text: between processes an exception would lose its type."""
+    """vLLM's --worker-extension-cls."""
 
     model_runner: Any
 
-    def sipo_load(self, key: str, adapters: list[str]) -> str | None:
+    def sipo_load(self, key: str, adapters: list[str]) -> Refusal | None:
         """Makes a set resident under `key`; `adapters` are PEFT folders in the order of the coefficients."""
         model: MixingModel = self.model_runner.get_model()
         try:
             model.load(key, [load_adapter(Path(folder)) for folder in adapters])
-        except IncompatiblePolicy as error:
-            return error.message
+        except (IncompatiblePolicy, Unavailable) as error:
+            return type(error).__name__, error.message
         return None
 
     def sipo_unload(self, key: str) -> None:
         """The set must have no running request: the caller counts them."""
         self.model_runner.get_model().unload(key)
+
+
+def check_loaded(refusals: Sequence[Refusal | None]) -> None:
+    """Raises what the ranks' sipo_load refused: IncompatiblePolicy for a set that cannot be mixed, Unavailable for want of room."""
+    for kind, message in filter(None, refusals):
+        raise Unavailable(message) if kind == Unavailable.__name__ else IncompatiblePolicy(message)
