@@ -20,8 +20,11 @@ BUNDLED_MODEL = "smollm2-135m"
 
 def resolve_model(name: str, cache_dir: Path) -> Path:
     """The folder of a model: BUNDLED_MODEL, a folder, or a hub name (downloaded by huggingface_hub if it is not there yet)."""
-    if name == BUNDLED_MODEL:
-        return _bundled_model(cache_dir)
+    return _bundled_model(cache_dir) if name == BUNDLED_MODEL else model_folder(name)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model that is a folder, or a hub name."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -35,8 +38,7 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
         return Path(snapshot_download(name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise NotFound(
-            f"no model {name!r}: give {BUNDLED_MODEL!r}, a folder, or a hub name that this machine can reach ({error})",
-            param="model",
+            f"no model {name!r}: give a folder, or a hub name that this machine can reach ({error})", param="model"
         ) from error
 
 
