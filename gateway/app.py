@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from gateway import completions, jobs, models
+from gateway import queue as queue_routes
 from gateway.feeder import Feeder
 from gateway.settings import GatewaySettings
 from services.common import app as common
@@ -41,9 +42,10 @@ def create_app(settings: GatewaySettings, decoder: httpx.AsyncClient, redis: Red
     app = common.create_app("gateway", settings, lifespan, partial(unanswered, redis))
     app.state.policies = PolicyStore(settings.data_dir / "policies")
     app.state.jobs = job_store
+    app.state.queue = queue
     app.state.decoder = decoder
     app.add_exception_handler(RedisConnectionError, _queue_server_away)
-    for routes in (completions, models, jobs):
+    for routes in (completions, models, jobs, queue_routes):
         app.include_router(routes.router)
     return app
 
