@@ -60,6 +60,7 @@ def sampling_plan(job: Job) -> SamplingPlan:
         seed=spec.seed,
         max_tokens=spec.max_tokens,
         review_max_tokens=spec.review_max_tokens,
+        filter=spec.filter,
     )
 
 

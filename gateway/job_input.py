@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from services.common.jobs import JobSpec
@@ -18,8 +18,8 @@ from sipo.policies import BASE, PolicyStore
 from sipo.preferences import Example, check_objectives, normalize_weights
 
 
-def settle_spec(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore) -> JobSpec:
-    """The specification with its objectives named and its weights normalised.
+def settle_spec(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore, reward_models: Collection[str] = ()) -> JobSpec:
+    """The specification with its objectives named and its weights normalised. `reward_models`: the external ones of this system.
 
     Raises InvalidRequest (or InvalidWeights) if data, policies and specification do not fit each other, Conflict if the policies
     exist but none of their versions is current.
@@ -29,6 +29,16 @@ def settle_spec(spec: JobSpec, examples: Sequence[Example], policies: PolicyStor
         if not any(name in example.labels for example in examples):
             found = ", ".join(sorted({label for example in examples for label in example.labels}))
             raise InvalidRequest(f"no example has a label for {name!r}: the labels found are {found}", param="objectives")
+    for name in spec.filter.reward_models:
+        if name not in reward_models:
+            known = ", ".join(sorted(reward_models)) or "none"
+            raise InvalidRequest(
+                f"no reward model {name!r}: SIPO_REWARD_MODELS of this system names {known}", param="filter.reward_models"
+            )
+        if name in objectives:
+            raise InvalidRequest(
+                f"the reward model {name!r} is called like an objective: name it otherwise", param="filter.reward_models"
+            )
     settled = spec.model_copy(
         update={
             "objectives": objectives,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -76,7 +77,7 @@ async def create_job(request: Request) -> Job:
     """Takes the input whole, checks all of it, and queues the job; or refuses it and keeps nothing."""
     job_id = new_job_id()
     folder = _folder(request, job_id)
-    policies: PolicyStore = request.app.state.policies
+    take_in = partial(_take_in, request.app.state.policies, request.app.state.settings.reward_models, folder)
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         async with request.form() as form:
             spec, file = form.get("spec"), form.get("file")
@@ -84,11 +85,11 @@ async def create_job(request: Request) -> Job:
                 raise InvalidRequest("the form needs a field `spec`: the job's specification as JSON", param="spec")
             if not isinstance(file, UploadFile):
                 raise InvalidRequest("the form needs a file `file`: the job's input as JSONL", param="file")
-            settled = await asyncio.to_thread(_take_in, policies, folder, _parse(JobSpec, spec, "spec"), file.file)
+            settled = await asyncio.to_thread(take_in, _parse(JobSpec, spec, "spec"), file.file)
     else:
         inline = _parse(InlineJob, await request.body())
         lines = (json.dumps(example).encode() for example in inline.examples)
-        settled = await asyncio.to_thread(_take_in, policies, folder, inline.spec, lines)
+        settled = await asyncio.to_thread(take_in, inline.spec, lines)
     try:
         return await _jobs(request).create(settled, id=job_id)
     except BaseException:
@@ -116,7 +117,7 @@ async def cancel_job(job: str, request: Request) -> Job:
 
 @router.get("/{job}/pairs", response_class=StreamingResponse)
 async def get_pairs(job: str, request: Request) -> Response:
-    """The Pareto pairs so far, as JSONL in TRL's columns: prompt, chosen, rejected."""
+    """The Pareto pairs so far, as JSONL in TRL's columns: prompt, chosen, rejected; and objective where a pair is for one only."""
     decisions = await _artifact(request, job, DECISIONS)
     return StreamingResponse(_pairs(decisions), media_type=JSONL)
 
@@ -161,9 +162,9 @@ def _parse(model: type[M], text: str | bytes, param: str = "") -> M:
         raise InvalidRequest(f"{path}: {first['msg']}" if path else first["msg"], param=path or None) from error
 
 
-def _take_in(policies: PolicyStore, folder: Path, spec: JobSpec, lines: Iterable[bytes]) -> JobSpec:
+def _take_in(policies: PolicyStore, reward_models: Collection[str], folder: Path, spec: JobSpec, lines: Iterable[bytes]) -> JobSpec:
     examples = list(read_lines(lines))
-    settled = settle_spec(spec, examples, policies)
+    settled = settle_spec(spec, examples, policies, reward_models)
     store_input(folder, examples)
     return settled
 
@@ -178,8 +179,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 def _pairs(decisions: Path) -> Iterator[str]:
     for line in _whole_lines(decisions):
         decision = PromptDecided.model_validate_json(line)
-        if decision.chosen is not None:
-            example = decision.example
-            chosen = decision.candidates[decision.chosen].candidate.text
-            for pair in pareto_pairs(example.prompt, chosen, (example.response_0, example.response_1)):
-                yield json.dumps(asdict(pair)) + "\n"
+        for candidate, objective in decision.accepted():
+            only = {} if objective is None else {"objective": objective}
+            for pair in pareto_pairs(decision.example, candidate.text, objective):
+                yield json.dumps(asdict(pair) | only) + "\n"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from sipo.errors import IncompatiblePolicy
+from sipo.errors import IncompatiblePolicy, InvalidRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,11 +85,26 @@ class PromptFormat(BaseModel):
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids, self.end_token_id(tokenizer)] if ended else ids
 
+    def exact_response_ids(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool = True) -> list[int]:
+        """As response_ids. Raises InvalidRequest for text that these tokens would not give back (unknown characters, text that the
+        tokenizer rewrites): its log-probability would be another text's. Spaces may differ: some tokenizers add one in front."""
+        ids = self.response_ids(text, tokenizer, ended=ended)
+        written = str(tokenizer.decode(ids[:-1] if ended else ids, clean_up_tokenization_spaces=False))
+        if "".join(written.split()) != "".join(text.split()):
+            raise InvalidRequest(
+                f"the tokenizer cannot write {_excerpt(text)}: it makes {_excerpt(written)} of it", param="responses"
+            )
+        return ids
+
     def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int:
         end = tokenizer.eos_token_id
         if not isinstance(end, int):
             raise IncompatiblePolicy("the tokenizer has no end-of-sequence token: responses could not end")
         return end
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def _sha256(template: str | dict[str, str] | Sequence[object]) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from sipo.preferences import ObjectiveName, Weights
+from sipo.selection import Filter
 from sipo.training.settings import TrainSettings
 
 
@@ -54,6 +55,7 @@ class JobSpec(Request):
     refine: bool = True
     samples_per_weight: int = Field(default=1, ge=1, le=16)
     temperature: float = Field(default=0.7, ge=0, le=2)
+    filter: Filter = Field(default=Filter(), description="which candidates make pairs; default: the paper's Eq. 7")
     seed: int = 0
     max_tokens: int = Field(default=128, ge=1, le=4096)
     review_max_tokens: int = Field(default=96, ge=1, le=4096)

@@ -8,11 +8,13 @@ Messages are facts about ONE prompt of one round of one job, with everything the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sipo.preferences import Example, Weights
+from sipo.selection import Chosen, Filter
 
 
 class Record(BaseModel):
@@ -32,6 +34,7 @@ class SamplingPlan(Record):
     seed: int
     max_tokens: int = Field(ge=1, description="longest response")
     review_max_tokens: int = Field(ge=1, description="longest review")
+    filter: Filter = Field(default=Filter(), description="how the scorer chooses among the candidates (Eq. 7)")
 
 
 class PromptQueued(Record):
@@ -58,7 +61,9 @@ class Candidate(Record):
     """One response that might beat both originals."""
 
     text: str
-    token_ids: list[int] = Field(description="as the decoder made them, the end token included where it ended by itself")
+    token_ids: list[int] = Field(
+        description="as the decoder made them, the end token included where it ended by itself; empty if it was made elsewhere"
+    )
     finish_reason: str = Field(description="'stop' or 'length', as vLLM says it")
     weights: Weights = Field(description="w_m under which it was made")
     stage: Literal["sample", "rewrite"]
@@ -66,7 +71,7 @@ class Candidate(Record):
 
 
 class PromptSampled(Record):
-    """All candidates of one prompt: ready for scoring."""
+    """All candidates of one prompt: ready for scoring. A rewrite comes right after the sample that it rewrites."""
 
     version: Literal[1] = 1
     queued: PromptQueued
@@ -78,20 +83,20 @@ class PromptSampled(Record):
 
 
 Rewards = dict[str, float]
-"""Implicit rewards by model: an objective's name for its policy, format_weights(w) for the soup at w."""
+"""By model: an objective's name for its policy, format_weights(w) for the soup at w, a reward model's name for its score."""
 
 
 class ScoredCandidate(Record):
     candidate: Candidate
     rewards: Rewards | None = Field(description="None where the candidate was rejected before scoring")
-    rejected: str | None = Field(description="None for the accepted one, otherwise the rule that rejected it")
+    rejected: str | None = Field(description="None for the chosen ones, otherwise the rule that rejected it")
 
 
 class PromptDecided(Record):
     """The outcome for one prompt: exactly one message per prompt and round.
 
-    'accepted': candidates[chosen] beat both originals on every reward (Eq. 7); 'none': no candidate did; 'failed': `error` says why
-    no decision could be made.
+    'accepted': the chosen candidates passed the job's filter (Eq. 7); 'none': no candidate did; 'failed': `error` says why no
+    decision could be made.
     """
 
     version: Literal[1] = 1
@@ -100,7 +105,7 @@ class PromptDecided(Record):
     prompt: str
     outcome: Literal["accepted", "none", "failed"]
     example: Example
-    chosen: int | None = None
+    chosen: list[Chosen] = Field(default=[], description="the best first")
     candidates: list[ScoredCandidate] = []
     rewards_0: Rewards | None = Field(default=None, description="of example.response_0 (y_-1)")
     rewards_1: Rewards | None = Field(default=None, description="of example.response_1 (y_1)")
@@ -109,6 +114,11 @@ class PromptDecided(Record):
     @property
     def id(self) -> str:
         return f"{self.job}/{self.round}/{self.prompt}"
+
+    def accepted(self) -> Iterator[tuple[Candidate, str | None]]:
+        """Each chosen response, and the one objective that it was chosen for (None: all)."""
+        for one in self.chosen:
+            yield self.candidates[one.candidate].candidate, one.objective
 
 
 Message = PromptQueued | PromptSampled | PromptDecided

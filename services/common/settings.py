@@ -13,6 +13,8 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sipo.preferences import ObjectiveName
+
 PREFIX = "SIPO_"
 
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -29,6 +31,11 @@ class CommonSettings(BaseSettings):
         default="redis://127.0.0.1:6390", pattern=r"^(rediss?|unix)://", description="Redis 7 or Valkey 8, or newer"
     )
     model: str = Field(default="smollm2-135m", min_length=1, description="base model: bundled name, folder or hub name")
+    reward_models: dict[ObjectiveName, str] = Field(
+        default={},
+        description="external reward models that a job's filter may name, as JSON: "
+        '{"safety": "hf:FOLDER_OR_HUB_NAME", "quality": "http://HOST/score", "brevity": "python:ENTRY_POINT"}',
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

@@ -1,32 +1,30 @@
-"""The scorer's two doors to one model: POST /v1/rewards, and the consumer that turns candidates into decisions.
-
-The model has a thread of its own. Work goes to it prompt by prompt, so that a caller waits for the prompt in hand at most, and the
-event loop is free for heartbeats however long a prompt takes.
-"""
+"""The scorer's two doors to one model: POST /v1/rewards, and the consumers that turn candidates into decisions."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from redis.asyncio import Redis
 
 from services.common import app as common
 from services.common.messages import PromptSampled, Rewards
-from services.common.queue import CANDIDATES, DECISIONS, Consumer, Delivery, each, unanswered
-from services.scorer.scoring import Given, Scorer, as_failed
+from services.common.queue import CANDIDATES, DECISIONS, Consumer, Delivery, consuming, each, unanswered
+from services.scorer.scoring import Asked, Given, Scorer, as_failed
 from services.scorer.settings import ScorerSettings
 from sipo.errors import SipoError
-from sipo.preferences import Weights
+from sipo.preferences import Weights, format_weights
 
-T = TypeVar("T")
+MAX_RESPONSES = 16384
+JSONL = "application/jsonl"
 
 
 class ResponseToScore(BaseModel):
@@ -50,69 +48,88 @@ class RewardsRequest(BaseModel):
 
     policy_set: str = Field(description="'demo:2', or 'demo' for its current set")
     prompt: str = Field(min_length=1)
-    responses: list[ResponseToScore] = Field(min_length=1, max_length=1024)
+    responses: list[ResponseToScore] = Field(min_length=1, max_length=MAX_RESPONSES)
     weights: list[Weights] = Field(default=[], max_length=32, description="soups to score with, beside the policies")
+    length_normalized: bool = Field(default=False, description="rewards per token of the response, not summed")
+    stream: bool = Field(
+        default=False, description="answer in JSONL: a RewardsHeader, then a ScoredResponse a line, as they are done"
+    )
 
 
-class RewardsReply(BaseModel):
-    """Implicit rewards (Eq. 6), one dictionary a response, each with the same `names`: policies, then soups."""
+class RewardsHeader(BaseModel):
+    policy_set: str = Field(description="the id of the set that is used")
+    names: list[str] = Field(description="of the rewards: policies, then soups")
 
-    policy_set: str = Field(description="the id of the set that was used")
-    names: list[str]
+
+class RewardsReply(RewardsHeader):
+    """Implicit rewards (Eq. 6), one dictionary a response, in the order of the request."""
+
     rewards: list[Rewards]
 
 
-class ModelThread:
-    """The scorer and the only thread that touches it."""
+class ScoredResponse(BaseModel):
+    """A line of a stream. One that breaks off ends with a line `{"error": …}`."""
 
-    def __init__(self, load: Callable[[], Scorer]) -> None:
-        self._load = load
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-
-    async def __aenter__(self) -> Self:
-        self._scorer = await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    async def run(self, work: Callable[[Scorer], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._scorer)
+    index: int = Field(description="of the response in the request")
+    rewards: Rewards
 
 
-def create_app(settings: ScorerSettings, redis: Redis, load: Callable[[], Scorer]) -> FastAPI:
-    """`load` makes the scorer; it may take long, and the application is up when it is done."""
-    model = ModelThread(load)
-
-    async def decide(delivery: Delivery[PromptSampled]) -> None:
-        await delivery.done(DECISIONS, await model.run(lambda scorer: scorer.decide(delivery.message)))
+def create_app(settings: ScorerSettings, redis: Redis) -> FastAPI:
+    """The application is up when the models are loaded, which may take long. Closes `redis` when it ends."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        consumer = Consumer(redis, CANDIDATES, model=PromptSampled, batch=settings.scorer_batch, on_dead=as_failed)
-        async with redis, model, consumer.running(each(decide)):
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(redis.aclose)
+            scorer = await stack.enter_async_context(Scorer.open(settings))
+            app.state.scorer = scorer
+
+            async def decide(delivery: Delivery[PromptSampled]) -> None:
+                await delivery.done(DECISIONS, await scorer.decide(delivery.message))
+
+            # One consumer a message, so that one that is decided makes room for the next at once.
+            consumers = [
+                Consumer(redis, CANDIDATES, model=PromptSampled, batch=1, on_dead=as_failed)
+                for _place in range(settings.scorer_messages)
+            ]
+            await stack.enter_async_context(consuming(consumers, each(decide)))
             yield
 
     app = common.create_app("scorer", settings, lifespan, partial(unanswered, redis))
-    app.state.model = model
-    app.post("/v1/rewards")(rewards)
+    app.post("/v1/rewards", response_model=RewardsReply)(rewards)
     return app
 
 
-def _model(request: Request) -> ModelThread:
-    model: ModelThread = request.app.state.model
-    return model
+def _scorer(request: Request) -> Scorer:
+    scorer: Scorer = request.app.state.scorer
+    return scorer
 
 
-async def rewards(request: RewardsRequest, model: Annotated[ModelThread, Depends(_model)]) -> RewardsReply:
+async def rewards(request: RewardsRequest, scorer: Annotated[Scorer, Depends(_scorer)]) -> RewardsReply | StreamingResponse:
+    """All of a request is checked before its first response is scored."""
     responses = [Given(one.text, one.token_ids, ended=one.finish_reason == "stop") for one in request.responses]
+    asked = await asyncio.to_thread(scorer.ask, request.policy_set, request.prompt, responses, request.weights)
+    header = RewardsHeader(policy_set=asked.policy_set, names=[*asked.objectives, *map(format_weights, asked.soups)])
+    found = _finite(asked, scorer.rewards(asked, length_normalized=request.length_normalized))
+    if request.stream:
+        return StreamingResponse(_lines(header, found), media_type=JSONL)
+    return RewardsReply(**header.model_dump(), rewards=[one async for one in found])
 
-    def score(scorer: Scorer) -> RewardsReply:
-        policy_set = scorer.model.policy_set(request.policy_set).id
-        found = scorer.rewards(policy_set, request.prompt, responses, request.weights)
-        return RewardsReply(policy_set=policy_set, names=list(found[0]), rewards=found)
 
-    reply = await model.run(score)
-    if not all(math.isfinite(value) for one in reply.rewards for value in one.values()):
-        raise SipoError(f"{reply.policy_set} gives rewards that are not finite: its adapters, or the base, are damaged")
-    return reply
+async def _finite(asked: Asked, found: AsyncIterator[list[Rewards]]) -> AsyncIterator[Rewards]:
+    async for some in found:
+        for one in some:
+            if not all(map(math.isfinite, one.values())):
+                raise SipoError(f"{asked.policy_set} gives rewards that are not finite: its adapters, or the base, are damaged")
+            yield one
+
+
+async def _lines(header: RewardsHeader, found: AsyncIterator[Rewards]) -> AsyncIterator[str]:
+    yield header.model_dump_json() + "\n"
+    index = 0
+    try:
+        async for one in found:
+            yield ScoredResponse(index=index, rewards=one).model_dump_json() + "\n"
+            index += 1
+    except SipoError as error:
+        yield json.dumps(common.sipo_error_body(error)) + "\n"

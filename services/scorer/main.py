@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from services.common import logging
 from services.common.app import serve
 from services.common.queue import connect
 from services.common.settings import load
 from services.scorer.app import create_app
-from services.scorer.scoring import Scorer
 from services.scorer.settings import ScorerSettings
 
 
 def main() -> None:
     settings = load(ScorerSettings)
     logging.configure("scorer", settings.log_level)
-    app = create_app(settings, connect(settings.redis_url), partial(Scorer.load, settings))
-    serve(app, settings.host, settings.scorer_port)
+    serve(create_app(settings, connect(settings.redis_url)), settings.host, settings.scorer_port)

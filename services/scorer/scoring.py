@@ -1,114 +1,202 @@
-"""From messages to token ids to rewards to decisions: joins the reward model (Eq. 6), prompt formats and selection (Eq. 7).
-
-Everything here blocks: services.scorer.app calls it from the one thread that owns the model.
-"""
+"""From texts to token ids to rewards to decisions: joins the reward model (Eq. 6), external reward models, prompt formats and
+selection (Eq. 7)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import structlog
 import torch
 from transformers import AutoTokenizer
 
-from services.common.messages import PromptDecided, PromptSampled, Rewards, ScoredCandidate
+from services.common.messages import Candidate, PromptDecided, PromptSampled, Rewards, ScoredCandidate
 from services.common.queue import DECISIONS
+from services.scorer.passes import Passes
 from services.scorer.settings import ScorerSettings
+from sipo.errors import InvalidRequest, NotFound, SipoError
+from sipo.evaluation.reward_models import RewardFunction, open_reward_model
 from sipo.models import model_sha256, resolve_model
 from sipo.policies import PolicyStore
-from sipo.preferences import Weights
+from sipo.preferences import Weights, normalize_weights
 from sipo.prompts import PromptFormat
-from sipo.rewards import RewardModel
-from sipo.selection import Rejection, Response, screen, select
+from sipo.rewards import Group, RewardModel, per_token
+from sipo.selection import Chosen, Rejection, Response, Scored, keep_rewrites, screen, select
 
 log = structlog.get_logger(__name__)
-
-Outcome = Literal["accepted", "none", "failed"]
 
 
 @dataclass(frozen=True)
 class Given:
-    """A response as text or as token ids; `ended`: by itself, so that its end token counts."""
+    """A response as text, or as the token ids that a decoder made; `ended`: by itself, so that its end token counts."""
 
     text: str | None = None
     token_ids: list[int] | None = None
     ended: bool = True
 
+    def ids(self, prompt_format: PromptFormat, tokenizer: Any) -> list[int]:
+        """Raises InvalidRequest for text that the tokenizer cannot write."""
+        if self.text is not None:
+            return prompt_format.exact_response_ids(self.text, tokenizer, ended=self.ended)
+        ids = self.token_ids or []
+        end = prompt_format.end_token_id(tokenizer)
+        # A decoder that stopped at a stop string leaves the end token out.
+        return [*ids, end] if ids and self.ended and ids[-1] != end else ids
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the reward model is asked: checked, in tokens, with the set's id."""
+
+    policy_set: str
+    objectives: list[str]
+    group: Group
+    soups: list[Weights]
+
 
 class Scorer:
-    def __init__(self, model: RewardModel, tokenizer: Any) -> None:
-        self.model = model
+    def __init__(self, passes: Passes, tokenizer: Any, reward_models: Mapping[str, RewardFunction]) -> None:
+        self.passes = passes
         self.tokenizer = tokenizer
+        self.reward_models = reward_models
 
     @classmethod
-    def load(cls, settings: ScorerSettings) -> Scorer:
-        torch.set_num_threads(settings.scorer_threads)
-        device = settings.scorer_device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = resolve_model(settings.model, settings.cache_dir)
-        model = RewardModel.load(
-            folder,
-            PolicyStore(settings.data_dir / "policies"),
-            base_sha256=model_sha256(folder, settings.cache_dir),
-            device=device,
-            keep=settings.scorer_resident_sets,
-        )
-        log.info("model loaded", model=settings.model, device=device, threads=settings.scorer_threads)
-        return cls(model, AutoTokenizer.from_pretrained(folder))
+    @asynccontextmanager
+    async def open(cls, settings: ScorerSettings) -> AsyncIterator[Scorer]:
+        """Loads the base model and the external reward models; that may take long."""
+        async with Passes(partial(_load, settings)) as passes:
+            tokenizer = AutoTokenizer.from_pretrained(resolve_model(settings.model, settings.cache_dir))
+            device = passes.model.device
+            reward_models = {}
+            for name, address in settings.reward_models.items():
+                try:
+                    reward_models[name] = await asyncio.to_thread(open_reward_model, address, device=device)
+                except SipoError as error:
+                    raise InvalidRequest(f"SIPO_REWARD_MODELS, {name}: {error.message}") from error
+            log.info("models loaded", model=settings.model, device=device, reward_models=list(reward_models))
+            yield cls(passes, tokenizer, reward_models)
 
-    def prompt_format(self, policy_set: str) -> PromptFormat:
-        prompt_format = self.model.policy_set(policy_set).manifest.prompt_format
-        prompt_format.check(self.tokenizer)
-        return prompt_format
+    def ask(self, reference: str, prompt: str, responses: Sequence[Given], soups: Sequence[Weights] = ()) -> Asked:
+        """What a caller wants, ready to be scored. Blocks. Raises NotFound for an unknown set, InvalidRequest for what cannot be
+        scored."""
+        prompt_format, policy_set, objectives = self._format(reference)
+        ids = []
+        for index, one in enumerate(responses):
+            try:
+                ids.append(one.ids(prompt_format, self.tokenizer))
+            except InvalidRequest as error:
+                raise InvalidRequest(f"response {index}: {error.message}", param=error.param) from error
+        group = Group(prompt_format.prompt_ids(prompt, self.tokenizer), ids)
+        self.passes.model.check(group)
+        return Asked(policy_set, objectives, group, [normalize_weights(weights, objectives, param="weights") for weights in soups])
 
-    def rewards(self, policy_set: str, prompt: str, responses: Sequence[Given], soups: Sequence[Weights]) -> list[Rewards]:
-        """Of each response to the prompt under every policy of the set and every soup (Eq. 6)."""
-        prompt_format = self.prompt_format(policy_set)
-        ids = [self._ids(one, prompt_format) for one in responses]
-        return self.model.score(policy_set, prompt_format.prompt_ids(prompt, self.tokenizer), ids, soups)
+    async def rewards(self, asked: Asked, *, length_normalized: bool = False) -> AsyncIterator[list[Rewards]]:
+        """Of each response under every policy of the set and every soup (Eq. 6), in order, as they are done."""
+        responses = iter(asked.group.responses)
+        async for some in self.passes.stream(asked.policy_set, asked.group, asked.soups):
+            ids = [next(responses) for _ in some]
+            yield [per_token(one, tokens) for one, tokens in zip(some, ids, strict=True)] if length_normalized else some
 
-    def decide(self, sampled: PromptSampled) -> PromptDecided:
-        """Eq. 7 for one prompt. Raises SipoError or ValueError if it cannot be decided."""
+    async def decide(self, sampled: PromptSampled) -> PromptDecided:
+        """The job's filter (Eq. 7) on one prompt. Raises SipoError or ValueError if it cannot be decided."""
         queued = sampled.queued
-        originals = (queued.example.response_0, queued.example.response_1)
-        screened = screen(originals, [Response(one.text, truncated=one.finish_reason != "stop") for one in sampled.candidates])
-        kept = [candidate for candidate, rejection in zip(sampled.candidates, screened, strict=True) if rejection is None]
+        example, plan, by = queued.example, queued.plan, queued.plan.filter
+        texts = [Response(one.text, truncated=one.finish_reason != "stop") for one in sampled.candidates]
+        rejections = screen((example.response_0, example.response_1), texts, keep_truncated=by.keep_truncated)
+        if by.implicit:
+            rejections = await asyncio.to_thread(self._refuse_unscorable, sampled, rejections)
+        kept = [candidate for candidate, rejection in zip(sampled.candidates, rejections, strict=True) if rejection is None]
         if not kept:
-            return _decided(sampled, "none", _scored(sampled, [None] * len(screened), screened))
+            return _decided(sampled, _scored(sampled, [None] * len(rejections), rejections))
 
-        responses = [*(Given(text=text) for text in originals), *(Given(token_ids=one.token_ids) for one in kept)]
-        # The vertices of W are the policies themselves: they would count twice in the average.
-        soups = [weights for weights in queued.plan.weights if max(weights.values()) < 1]
-        first, second, *others = self.rewards(queued.plan.reward_set, queued.example.prompt, responses, soups)
-        remaining = iter(others)
-        outcomes = [rejection or next(remaining) for rejection in screened]
-        selection = select((first, second), outcomes)
-        rewards = [None if isinstance(one, Rejection) else one for one in outcomes]
-        return _decided(
-            sampled,
-            "none" if selection.chosen is None else "accepted",
-            _scored(sampled, rewards, selection.rejections),
-            chosen=selection.chosen,
-            rewards_0=first,
-            rewards_1=second,
-        )
+        first, second, *others = await self._all_rewards(sampled, kept)
+        left = iter(others)
+        rewards = [None if rejection else next(left) for rejection in rejections]
+        candidates: list[Scored] = [rejection or one or {} for rejection, one in zip(rejections, rewards, strict=True)]
+        if by.keep_rewrite:
+            names = self.passes.model.store.get(plan.reward_set).objectives if by.implicit else by.reward_models
+            candidates = keep_rewrites(candidates, _rewrites(sampled.candidates), names)
+        selection = select(example, (first, second), candidates, by, seed=f"{plan.seed}/{queued.round}/{queued.prompt}")
+        scored = _scored(sampled, rewards, selection.rejections)
+        return _decided(sampled, scored, chosen=selection.chosen, rewards_0=first, rewards_1=second)
 
-    def _ids(self, response: Given, prompt_format: PromptFormat) -> list[int]:
-        if response.text is not None:
-            return prompt_format.response_ids(response.text, self.tokenizer, ended=response.ended)
-        ids = response.token_ids or []
-        end = prompt_format.end_token_id(self.tokenizer)
-        # A decoder that stopped at a stop string leaves the end token out.
-        return [*ids, end] if ids and response.ended and ids[-1] != end else ids
+    def _refuse_unscorable(self, sampled: PromptSampled, rejections: Sequence[Rejection | None]) -> list[Rejection | None]:
+        """Candidates that cannot be scored are no reason to lose the prompt."""
+        prompt_format, _, _ = self._format(sampled.queued.plan.reward_set)
+        prompt = len(prompt_format.prompt_ids(sampled.queued.example.prompt, self.tokenizer))
+        context = self.passes.model.context
+
+        def refuse(candidate: Candidate) -> Rejection | None:
+            try:
+                tokens = prompt + len(_given(candidate).ids(prompt_format, self.tokenizer))
+            except InvalidRequest as error:
+                return Rejection("not_tokenisable", error.message)
+            return Rejection("too_long", f"{tokens} tokens with its prompt, at most {context}") if tokens > context else None
+
+        return [rejection or refuse(one) for one, rejection in zip(sampled.candidates, rejections, strict=True)]
+
+    async def _all_rewards(self, sampled: PromptSampled, kept: Sequence[Candidate]) -> list[Rewards]:
+        """Of both originals and the candidates, by every model that the job's filter names."""
+        example, plan = sampled.queued.example, sampled.queued.plan
+        texts = [example.response_0, example.response_1, *(one.text for one in kept)]
+        rewards: list[Rewards] = [{} for _ in texts]
+        if plan.filter.implicit:
+            responses = [Given(text=text) for text in texts[:2]] + [_given(one) for one in kept]
+            # The vertices of W are the policies themselves: they would count twice in the average.
+            soups = [weights for weights in plan.weights if max(weights.values()) < 1] if plan.filter.soups else []
+            asked = await asyncio.to_thread(self.ask, plan.reward_set, example.prompt, responses, soups)
+            rewards = [one async for some in self.rewards(asked, length_normalized=plan.filter.length_normalized) for one in some]
+        for name in plan.filter.reward_models:
+            if name not in self.reward_models:
+                raise NotFound(f"this scorer has no reward model {name!r}: set SIPO_REWARD_MODELS and start it again")
+            scores = await asyncio.to_thread(self.reward_models[name], example.prompt, texts)
+            rewards = [one | {name: score} for one, score in zip(rewards, scores, strict=True)]
+        return rewards
+
+    def _format(self, reference: str) -> tuple[PromptFormat, str, list[str]]:
+        """The prompt format, the id and the objectives of a policy set."""
+        model = self.passes.model
+        policy_set = model.store.get(reference)
+        policy_set.check_base(model.base_sha256)
+        prompt_format = policy_set.manifest.prompt_format
+        prompt_format.check(self.tokenizer)
+        return prompt_format, policy_set.id, policy_set.objectives
 
 
 def as_failed(sampled: PromptSampled, reason: str) -> tuple[str, PromptDecided]:
     """What goes on to the trainer in place of a prompt that could not be decided."""
     nothing = [None] * len(sampled.candidates)
-    return DECISIONS, _decided(sampled, "failed", _scored(sampled, nothing, ["not_scored"] * len(nothing)), error=reason)
+    return DECISIONS, _decided(sampled, _scored(sampled, nothing, ["not_scored"] * len(nothing)), error=reason)
+
+
+def _load(settings: ScorerSettings) -> RewardModel:
+    torch.set_num_threads(settings.scorer_threads)
+    if settings.scorer_tf32:
+        torch.set_float32_matmul_precision("high")
+    folder = resolve_model(settings.model, settings.cache_dir)
+    return RewardModel.load(
+        folder,
+        PolicyStore(settings.data_dir / "policies"),
+        base_sha256=model_sha256(folder, settings.cache_dir),
+        device=settings.scorer_device,
+        keep=settings.scorer_resident_sets,
+        token_budget=settings.scorer_tokens,
+    )
+
+
+def _given(candidate: Candidate) -> Given:
+    if candidate.token_ids:
+        return Given(token_ids=candidate.token_ids, ended=candidate.finish_reason == "stop")
+    return Given(text=candidate.text, ended=candidate.finish_reason == "stop")
+
+
+def _rewrites(candidates: Sequence[Candidate]) -> dict[int, int]:
+    """The index of each rewrite, and that of its sample."""
+    return {index: index - 1 for index, candidate in enumerate(candidates) if candidate.stage == "rewrite"}
 
 
 def _scored(
@@ -120,14 +208,25 @@ def _scored(
     ]
 
 
-def _decided(sampled: PromptSampled, outcome: Outcome, candidates: list[ScoredCandidate], **fields: Any) -> PromptDecided:
+def _decided(
+    sampled: PromptSampled,
+    candidates: list[ScoredCandidate],
+    *,
+    chosen: Sequence[Chosen] = (),
+    rewards_0: Rewards | None = None,
+    rewards_1: Rewards | None = None,
+    error: str | None = None,
+) -> PromptDecided:
     queued = sampled.queued
     return PromptDecided(
         job=queued.job,
         round=queued.round,
         prompt=queued.prompt,
-        outcome=outcome,
+        outcome="failed" if error is not None else "accepted" if chosen else "none",
         example=queued.example,
+        chosen=list(chosen),
         candidates=candidates,
-        **fields,
+        rewards_0=rewards_0,
+        rewards_1=rewards_1,
+        error=error,
     )

@@ -14,5 +14,11 @@ class ScorerSettings(CommonSettings):
     scorer_port: Port = 8003
     scorer_device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
     scorer_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="CPU threads; default: all cores")
-    scorer_batch: int = Field(default=4, ge=1, description="messages held at a time; each is decided and handed on by itself")
+    scorer_tokens: int | None = Field(
+        default=None, ge=16, description="tokens in a pass, all models together; default: 1024 on a CPU, 16384 on a GPU"
+    )
+    scorer_tf32: bool = Field(
+        default=False, description="on a GPU: faster products of 10-bit mantissas; `make bench-score` prints how many orders flip"
+    )
+    scorer_messages: int = Field(default=8, ge=1, description="messages held at a time; they share passes")
     scorer_resident_sets: int = Field(default=2, ge=1, description="policy sets kept in memory")

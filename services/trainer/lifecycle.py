@@ -20,7 +20,7 @@ from services.common.messages import PromptDecided
 from services.common.queue import Delivery
 from services.common.tasks import end_tasks
 from services.trainer.decisions import DECISIONS, DecisionLog
-from services.trainer.rounds import REPORT, Stages, why_nothing_was_accepted
+from services.trainer.rounds import REPORT, Stages, why_not_trainable
 from sipo.errors import Conflict, SipoError, Unavailable
 from sipo.training.settings import Progress
 
@@ -117,10 +117,10 @@ class Lifecycle:
             await asyncio.sleep(POLL)
         decisions = await self._decisions(job)
         await asyncio.to_thread(self.stages.report, job, decisions)
-        if not any(decision.outcome == "accepted" for decision in decisions):
-            return await self._advance(job, JobState.FAILED, error=why_nothing_was_accepted(decisions), artifacts=ARTIFACTS)
-        if job.spec.stop_after == "pairs":
+        if job.spec.stop_after == "pairs" and any(decision.outcome == "accepted" for decision in decisions):
             return await self._advance(job, JobState.COMPLETED, artifacts=ARTIFACTS)
+        if reason := why_not_trainable(decisions, self.stages.objectives(job)):
+            return await self._advance(job, JobState.FAILED, error=reason, artifacts=ARTIFACTS)
         return await self._advance(job, JobState.TRAINING)
 
     async def _follow_safely(self, job: Job) -> None:
@@ -161,8 +161,10 @@ class Lifecycle:
             if self.lease.lost.is_set():
                 raise Unavailable("the trainer's lease is another's now")
             try:
-                decision_log = await self._log(job)
-                await asyncio.to_thread(decision_log.append, decisions)
+                decision_log, known = await self._log(job), await self.jobs.get(job)
+                # Every prompt of a closed round is decided; one decided again, after its failure, comes too late to be trained on.
+                still_open = [one for one in decisions if not _closed(known, one.round)]
+                await asyncio.to_thread(decision_log.append, still_open)
                 for round_ in {decision.round for decision in decisions}:
                     await self.jobs.set_counts(job, round_, decision_log.counts(round_))
             except OSError as error:  # no message's fault; what is on disk now is read again
@@ -179,6 +181,10 @@ class Lifecycle:
         if job not in self._logs:
             self._logs[job] = await asyncio.to_thread(DecisionLog, self.stages.jobs_dir / job)
         return self._logs[job]
+
+
+def _closed(job: Job, round_: int) -> bool:
+    return round_ < job.round or job.state not in (JobState.QUEUED, JobState.ALIGNING, JobState.GENERATING)
 
 
 ARTIFACTS = {"decisions": DECISIONS, "report": REPORT}

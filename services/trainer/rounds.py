@@ -92,8 +92,9 @@ class Stages:
         """Eq. 8 for each objective, from the job's own policies, on the pairs of the accepted responses."""
         assert job.sampling_set is not None
         start = self.store.get(job.sampling_set)
-        pairs = pareto_pairs_of(decisions)
+        decisions = list(decisions)
         for objective in start.objectives:
+            pairs = pareto_pairs_of(decisions, objective)
             run = self._run(objective, job.spec.training, start.manifest.prompt_format, start.adapter_dir(objective))
             await self._train(self.run_folder(job, job.round, objective), run, pairs, tell)
 
@@ -110,7 +111,7 @@ class Stages:
     def report(self, job: Job, decisions: Sequence[PromptDecided], policy_set: PolicySet | None = None) -> Report:
         """What the round came to so far, also as a file."""
         assert job.sampling_set is not None and job.reward_set is not None
-        objectives = self.store.get(job.sampling_set).objectives
+        objectives = self.objectives(job)
         report = Report(
             job=job.id,
             policy=job.spec.policy,
@@ -127,6 +128,10 @@ class Stages:
         )
         write_atomically(self.folder(job) / REPORT, report.model_dump_json(indent=1))
         return report
+
+    def objectives(self, job: Job) -> list[str]:
+        assert job.sampling_set is not None
+        return self.store.get(job.sampling_set).objectives
 
     def folder(self, job: Job) -> Path:
         return self.jobs_dir / job.id
@@ -194,14 +199,15 @@ class Stages:
         return self.store.publish(draft, {name: folder / ADAPTER for name, folder in folders.items()}, self.base.folder)
 
 
-def pareto_pairs_of(decisions: Iterable[PromptDecided]) -> list[TrainingPair]:
-    """D^c: both pairs of every accepted prompt."""
-    rows = []
-    for decision in decisions:
-        if decision.chosen is not None:
-            example, chosen = decision.example, decision.candidates[decision.chosen].candidate
-            rows += pareto_rows(example.prompt, chosen.text, (example.response_0, example.response_1), chosen.token_ids)
-    return rows
+def pareto_pairs_of(decisions: Iterable[PromptDecided], objective: str | None = None) -> list[TrainingPair]:
+    """D^c: the pairs of every chosen response; only those for the policy of `objective`, if given."""
+    return [
+        row
+        for decision in decisions
+        for candidate, only in decision.accepted()
+        if objective is None or only in (None, objective)
+        for row in pareto_rows(decision.example, candidate.text, candidate.token_ids, only)
+    ]
 
 
 def funnel(decisions: Sequence[PromptDecided]) -> Funnel:
@@ -217,39 +223,41 @@ def funnel(decisions: Sequence[PromptDecided]) -> Funnel:
     )
 
 
-def why_nothing_was_accepted(decisions: Sequence[PromptDecided]) -> str:
-    """One sentence from the filter's figures, and what might help."""
+def why_not_trainable(decisions: Sequence[PromptDecided], objectives: Iterable[str]) -> str | None:
+    """None if every objective has pairs, otherwise one sentence from the filter's figures, and what might help."""
+    without = [objective for objective in objectives if not pareto_pairs_of(decisions, objective)]
+    if not without:
+        return None
     figures = funnel(decisions)
     failed = next((decision.error for decision in decisions if decision.outcome == "failed"), None)
     if figures.failed == figures.prompts:
         return f"every one of {figures.prompts} prompts failed, the first with: {failed}"
     rules = ", ".join(f"{count} {rule}" for rule, count in figures.rejected.items()) or "none"
     reason = (
-        f"no response beat both originals on every objective, in {figures.prompts} prompts with {figures.candidates} candidates "
-        f"(rejected: {rules}; prompts failed: {figures.failed})"
+        f"no response passed the filter for {', '.join(without)}, in {figures.prompts} prompts with {figures.candidates} "
+        f"candidates (rejected: {rules}; prompts failed: {figures.failed})"
     )
     advice = ADVICE.get(next(iter(figures.rejected), ""))
     return f"{reason}: {advice}" if advice else reason
 
 
-def ground_truth(objectives: Iterable[str], decisions: Iterable[PromptDecided]) -> dict[str, GroundTruth]:
+def ground_truth(objectives: Sequence[str], decisions: Iterable[PromptDecided]) -> dict[str, GroundTruth]:
     """For the objectives with a known function: the mean rewards of the accepted prompts' originals and of their new responses."""
-    accepted = [
-        (decision.example, decision.candidates[decision.chosen].candidate.text)
-        for decision in decisions
-        if decision.chosen is not None
-    ]
-    if not accepted:
-        return {}
-
-    def means(reward: Callable[[str, str], float]) -> GroundTruth:
-        return GroundTruth(
-            response_0=fmean(reward(example.prompt, example.response_0) for example, _ in accepted),
-            response_1=fmean(reward(example.prompt, example.response_1) for example, _ in accepted),
-            accepted=fmean(reward(example.prompt, text) for example, text in accepted),
-        )
-
-    return {objective: means(REWARDS[objective]) for objective in objectives if objective in REWARDS}
+    means = {}
+    for objective, reward in REWARDS.items():
+        accepted = [
+            (decision.example, candidate.text)
+            for decision in decisions
+            for candidate, only in decision.accepted()
+            if only in (None, objective)
+        ]
+        if accepted and objective in objectives:
+            means[objective] = GroundTruth(
+                response_0=fmean(reward(example.prompt, example.response_0) for example, _ in accepted),
+                response_1=fmean(reward(example.prompt, example.response_1) for example, _ in accepted),
+                accepted=fmean(reward(example.prompt, text) for example, text in accepted),
+            )
+    return means
 
 
 def _made_by(policy_set: PolicySet) -> tuple[Any, Any]:

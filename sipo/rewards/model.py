@@ -1,73 +1,36 @@
-"""Implicit rewards (Eq. 6): r_i(x, y) = beta · (log pi_i(y|x) − log pi_ref(y|x)), for the policies of a set and for their soups.
-
-One base model computes them all in one pass. A batch row is a model: the reference, a policy or a soup is nothing but a row of
-LoRA coefficients (sipo.lora). Along a row lie the prompt once and then all its responses, end to end; attention lets each response
-see the prompt and itself. So there is no padding, and no response can change another's value.
-
-Token ids in, rewards out: prompt formats, queues and HTTP are the caller's business. A RewardModel belongs to one thread at a time.
-"""
+"""The reward model: the base with the adapters of several policy sets, and the passes in which it scores."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest
 from sipo.lora import TARGETS, StackedLora, load_adapter, stack
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights, format_weights, normalize_weights, one_hot_weights
+from sipo.rewards.packing import Group, Packing, rows_of
 
 Rewards = dict[str, float]
 """By model: an objective's name for its policy, format_weights(w) for the soup at w."""
 
+TOKEN_BUDGETS = {"cpu": 1024, "cuda": 16384}
+"""Tokens in one pass by default. A CPU is fastest where a pass stays in its cache, a GPU where it has enough to do."""
 LOGIT_ROWS = 128
 """Log-probabilities are taken for so many positions at a time: a [LOGIT_ROWS, vocabulary] float32 block stays in a CPU's cache."""
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Where the parts of a packed row lie: `bounds` of prompt, response 1, response 2, …; `masks[j]` is what response j+1 attends
-    to (its length × prompt and itself, True = visible)."""
-
-    bounds: list[tuple[int, int]]
-    masks: list[Tensor]
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    packing: Packing,
-    scaling: float,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention in transformers' form over [rows, heads, length, d]: the prompt sees itself, a response the prompt and itself."""
-    (_, prompt), *responses = packing.bounds
-    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-    rows, heads, length, width = query.shape
-    out = query.new_empty(rows, length, heads, width)
-    out[:, :prompt] = attend(query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt], is_causal=True).transpose(1, 2)
-    for (start, stop), mask in zip(responses, packing.masks, strict=True):
-        seen_keys = torch.cat([key[:, :, :prompt], key[:, :, start:stop]], dim=2)
-        seen_values = torch.cat([value[:, :, :prompt], value[:, :, start:stop]], dim=2)
-        out[:, start:stop] = attend(query[:, :, start:stop], seen_keys, seen_values, attn_mask=mask).transpose(1, 2)
-    return out, None
-
-
-AttentionInterface.register("sipo_packed", packed_attention)
+def per_token(rewards: Rewards, response: Sequence[int]) -> Rewards:
+    """Length-normalised: divided by the number of the response's tokens, the end token included where it counts."""
+    return {name: value / len(response) for name, value in rewards.items()}
 
 
 class StackedLinear(nn.Module):
@@ -98,15 +61,18 @@ class ResidentSet:
 
 
 class RewardModel:
-    """Scores responses under any policy set of the store that was made for this base; the last `keep` sets stay in memory."""
+    """Scores responses under any policy set of the store that was made for this base; the last `keep` sets stay in memory.
 
-    def __init__(self, model: Any, store: PolicyStore, *, base_sha256: str, keep: int = 2, token_budget: int = 1024) -> None:
+    It belongs to one thread at a time, but for `check` and `token_budget`.
+    """
+
+    def __init__(self, model: Any, store: PolicyStore, *, base_sha256: str, keep: int = 2, token_budget: int | None = None) -> None:
         """`model`: a plain transformers causal LM in float32, which the RewardModel takes over. `token_budget`: most tokens in one
-        pass, all rows together, unless one response alone has more; a CPU is fastest where a pass stays in its cache."""
+        pass, all rows together, unless one response alone has more; None: TOKEN_BUDGETS."""
         self.store = store
         self.base_sha256 = base_sha256
         self.keep = keep
-        self.token_budget = token_budget
+        self.token_budget = token_budget or TOKEN_BUDGETS[model.device.type]
         self._resident: OrderedDict[str, ResidentSet] = OrderedDict()
         self._model = model.eval().requires_grad_(False)
         self._linears = _wrap_linears(model)
@@ -118,56 +84,72 @@ class RewardModel:
         self._check_packing()
 
     @classmethod
-    def load(cls, folder: Path, store: PolicyStore, *, base_sha256: str, device: str = "cpu", keep: int = 2) -> RewardModel:
+    def load(
+        cls,
+        folder: Path,
+        store: PolicyStore,
+        *,
+        base_sha256: str,
+        device: Literal["auto", "cpu", "cuda"] = "cpu",
+        keep: int = 2,
+        token_budget: int | None = None,
+    ) -> RewardModel:
+        """The base in `folder`; auto: on a GPU if there is one."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-        return cls(model, store, base_sha256=base_sha256, keep=keep)
+        return cls(model, store, base_sha256=base_sha256, keep=keep, token_budget=token_budget)
 
-    def policy_set(self, reference: str) -> PolicySet:
-        """The set of that id (or current under that name), loaded. Raises NotFound, and IncompatiblePolicy for another base's."""
-        return self._load(reference).policy_set
+    @property
+    def device(self) -> str:
+        return str(self._model.device.type)
 
-    def score(
-        self, policy_set: str, prompt_ids: Sequence[int], responses_ids: Sequence[Sequence[int]], soups: Sequence[Weights] = ()
-    ) -> list[Rewards]:
-        """The rewards of each response to one prompt under every policy of the set and the soups (exact merges) at `soups`.
+    def check(self, group: Group) -> None:
+        """Raises InvalidRequest for an empty prompt or response, for ids that the model does not have and for more tokens than its
+        context."""
+        if not group.prompt:
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
+        for index, ids in enumerate(group.responses):
+            if not ids:
+                raise InvalidRequest(f"response {index} has no tokens: give its text, or at least the end token", param="responses")
+            if (tokens := len(group.prompt) + len(ids)) > self.context:
+                raise InvalidRequest(
+                    f"prompt ({len(group.prompt)} tokens) and response {index} ({len(ids)}) are too long: "
+                    f"{tokens} tokens, at most {self.context}",
+                    param="responses",
+                )
+        for param, ids in [("prompt", group.prompt), *(("responses", ids) for ids in group.responses)]:
+            if not 0 <= min(ids) <= max(ids) < self.vocabulary:
+                raise InvalidRequest(f"token ids must be 0 to {self.vocabulary - 1}", param=param)
 
-        Every id of a response counts: the caller ends a response with the end token if and only if it ended by itself. Raises
-        InvalidRequest for an empty prompt or response, for ids that the model does not have and for more tokens than its context.
+    def score(self, policy_set: str, groups: Sequence[Group], soups: Sequence[Weights] = ()) -> list[list[Rewards]]:
+        """The rewards of each response of each group under every policy of the set and the soups (exact merges) at `soups`.
+
+        Raises InvalidRequest as `check` does and for wrong soups, NotFound for a set that is not there, IncompatiblePolicy for one
+        of another base.
         """
         resident = self._load(policy_set)
         objectives = resident.policy_set.objectives
         soups = [normalize_weights(weights, objectives, param="weights") for weights in soups]
         names = [*objectives, *map(format_weights, soups)]
-        self._check_ids(prompt_ids, responses_ids)
+        for group in groups:
+            self.check(group)
         models = [dict.fromkeys(objectives, 0.0), *(one_hot_weights(objective, objectives) for objective in objectives), *soups]
         coefficients = torch.tensor([list(weights.values()) for weights in models])  # row 0 is the reference
 
         beta = resident.policy_set.manifest.beta
         rewards: list[Rewards] = []
-        for some in self._batches(prompt_ids, responses_ids):
-            # A pass is cut by rows first: they share only the reading of weights, responses share the prompt's forward.
-            tokens = len(prompt_ids) + sum(map(len, some))
-            at_once = max(1, self.token_budget // tokens)
-            rows = [coefficients[start : start + at_once] for start in range(0, len(coefficients), at_once)]
-            log_probs = torch.cat([self._log_probs(resident.stacks, one, prompt_ids, some) for one in rows])
+        pieces = [piece for group in groups for piece in group.cut(self.token_budget)]
+        for row in rows_of(pieces, self.token_budget // len(models)):
+            # A group too long for all rows at once goes by fewer rows, not by fewer responses: rows share only the reading of
+            # weights, responses share the prompt's forward.
+            packing = Packing(row, self._model.device)
+            at_once = max(1, self.token_budget // packing.ids.numel())
+            log_probs = torch.cat([self._log_probs(resident.stacks, some, packing) for some in torch.split(coefficients, at_once)])
             differences = beta * (log_probs[1:] - log_probs[0])
             rewards += [dict(zip(names, column, strict=True)) for column in differences.T.tolist()]
-        return rewards
-
-    def _check_ids(self, prompt_ids: Sequence[int], responses_ids: Sequence[Sequence[int]]) -> None:
-        if not prompt_ids:
-            raise InvalidRequest("the prompt has no tokens", param="prompt")
-        for index, ids in enumerate(responses_ids):
-            if not ids:
-                raise InvalidRequest(f"response {index} has no tokens: give its text, or at least the end token", param="responses")
-            if len(prompt_ids) + len(ids) > self.context:
-                raise InvalidRequest(
-                    f"prompt ({len(prompt_ids)} tokens) and response {index} ({len(ids)}) are too long: at most {self.context}",
-                    param="responses",
-                )
-        for param, ids in [("prompt", prompt_ids), *(("responses", ids) for ids in responses_ids)]:
-            if not 0 <= min(ids) <= max(ids) < self.vocabulary:
-                raise InvalidRequest(f"token ids must be 0 to {self.vocabulary - 1}", param=param)
+        left = iter(rewards)
+        return [[next(left) for _ in group.responses] for group in groups]
 
     def _load(self, reference: str) -> ResidentSet:
         policy_set = self.store.get(reference)
@@ -197,72 +179,41 @@ class RewardModel:
             lora = stacks.get(module) if coefficients.any() else None
             linear.delta = (lora, lora.expand(coefficients).unsqueeze(1)) if lora else None
 
-    def _batches(self, prompt_ids: Sequence[int], responses_ids: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
-        """The responses in order, as many at a time as one row takes within the token budget, at least one."""
-        start, tokens = 0, len(prompt_ids)
-        for index, ids in enumerate(responses_ids):
-            tokens += len(ids)
-            if tokens > self.token_budget and index > start:
-                yield responses_ids[start:index]
-                start, tokens = index, len(prompt_ids) + len(ids)
-        if start < len(responses_ids):
-            yield responses_ids[start:]
-
     @torch.inference_mode()
-    def _log_probs(
-        self,
-        stacks: Mapping[str, StackedLora],
-        coefficients: Tensor,
-        prompt_ids: Sequence[int],
-        responses_ids: Sequence[Sequence[int]],
-    ) -> Tensor:
+    def _log_probs(self, stacks: Mapping[str, StackedLora], coefficients: Tensor, packing: Packing) -> Tensor:
         """log pi(y|x) summed over each response's tokens under each row of coefficients [rows, adapters]: [rows, responses],
         float64 sums of float32 values, on the CPU."""
         rows = len(coefficients)
         self._mix(stacks, coefficients)
-        device = self._model.device
-        prompt = len(prompt_ids)
-        # The last token of a response is predicted, never read.
-        bounds = [(0, prompt), *pairwise(accumulate((len(ids) - 1 for ids in responses_ids), initial=prompt))]
-        packing = Packing(
-            bounds,
-            [
-                torch.ones(stop - start, prompt + stop - start, dtype=torch.bool, device=device).tril(prompt)
-                for start, stop in bounds[1:]
-            ],
-        )
-        ids = [*prompt_ids, *(token for ids in responses_ids for token in ids[:-1])]
-        positions = [*range(prompt), *(prompt + step for start, stop in bounds[1:] for step in range(stop - start))]
         hidden = self._model.base_model(
-            input_ids=torch.tensor([ids], device=device).expand(rows, -1),
-            position_ids=torch.tensor([positions], device=device).expand(rows, -1),
+            input_ids=packing.ids.expand(rows, -1),
+            position_ids=packing.positions.expand(rows, -1),
             use_cache=False,
             packing=packing,
         ).last_hidden_state
-
-        # A response's first token is predicted at the prompt's last position, the others at the token before them.
-        predictors = [index for start, stop in bounds[1:] for index in (prompt - 1, *range(start, stop))]
-        targets = torch.tensor([token for ids in responses_ids for token in ids], device=device)
-        flat = hidden[:, torch.tensor(predictors, device=device)].flatten(0, 1)
+        flat = hidden[:, packing.predictors].flatten(0, 1)
+        wanted = packing.targets.repeat(rows)
         head = self._model.get_output_embeddings()
-        wanted = targets.repeat(rows)
-        chunks = [slice(start, start + LOGIT_ROWS) for start in range(0, len(wanted), LOGIT_ROWS)]
-        tokens = -torch.cat([F.cross_entropy(head(flat[chunk]), wanted[chunk], reduction="none") for chunk in chunks])
-        ends = accumulate((len(ids) for ids in responses_ids), initial=0)
-        per_response = [tokens.view(rows, -1)[:, start:stop].double().sum(dim=1) for start, stop in pairwise(ends)]
-        return torch.stack(per_response, dim=1).cpu()
+        tokens = -torch.cat(
+            [
+                F.cross_entropy(head(some), targets, reduction="none")
+                for some, targets in zip(torch.split(flat, LOGIT_ROWS), torch.split(wanted, LOGIT_ROWS), strict=True)
+            ]
+        )
+        table = tokens.view(rows, -1).double()
+        return torch.stack([table[:, start:stop].sum(dim=1) for start, stop in packing.responses], dim=1).cpu()
 
     @torch.inference_mode()
     def _check_packing(self) -> None:
         """Refuses a base that packing does not compute as it computes itself (soft-capped logits, scaled outputs, …)."""
-        prompt, responses = [1, 2, 3], [[4, 5, 6, 7], [5, 4]]
+        groups = [Group([1, 2, 3], [[4, 5, 6, 7], [5, 4]]), Group([2, 1], [[7, 6, 5]])]
         self._model.set_attn_implementation("sdpa")
         wanted = []
-        for ids in responses:
+        for prompt, ids in [(list(group.prompt), list(ids)) for group in groups for ids in group.responses]:
             logits = self._model(input_ids=torch.tensor([prompt + ids], device=self._model.device)).logits[0, len(prompt) - 1 : -1]
             wanted.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
         self._model.set_attn_implementation("sipo_packed")
-        found = self._log_probs({}, torch.zeros(1, 0), prompt, responses)[0].tolist()
+        found = self._log_probs({}, torch.zeros(1, 0), Packing(groups, self._model.device))[0].tolist()
         if max(abs(a - b) for a, b in zip(found, wanted, strict=True)) > 1e-3:
             raise InvalidRequest(
                 f"{type(self._model).__name__} cannot be scored: its attention or its outputs are not the usual ones"

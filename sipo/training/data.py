@@ -48,12 +48,13 @@ def alignment_pairs(examples: Iterable[Example], objective: str) -> Iterator[Tra
             yield TrainingPair(prompt=example.prompt, chosen=chosen, rejected=rejected)
 
 
-def pareto_rows(prompt: str, chosen: str, originals: tuple[str, str], chosen_token_ids: list[int]) -> list[TrainingPair]:
-    """D^c of one accepted prompt, the same for every policy: y_c was better on every objective."""
-    return [
-        TrainingPair(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected, chosen_token_ids=chosen_token_ids)
-        for pair in pareto_pairs(prompt, chosen, originals)
+def pareto_rows(example: Example, text: str, token_ids: list[int], objective: str | None = None) -> list[TrainingPair]:
+    """D^c of one chosen response: for every policy, or for that of the one objective that it was chosen for."""
+    rows = [
+        TrainingPair(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
+        for pair in pareto_pairs(example, text, objective)
     ]
+    return [TrainingPair(**row, chosen_token_ids=token_ids) for row in rows] if token_ids else rows
 
 
 @dataclass

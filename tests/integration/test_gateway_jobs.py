@@ -21,10 +21,14 @@ from services.common.messages import Candidate, PromptDecided, PromptQueued, Sco
 from services.common.queue import PROMPTS, Queue
 from services.common.tasks import end_tasks
 from sipo.preferences import Example
+from sipo.selection import Chosen, Filter
 from tests.fakes import FakeDecoder, write_policy_set
 
 CONFLICTING = {"response_0": "Short.", "response_1": "Warm, long.", "labels": {"concise": 0, "warm": 1}}
 AGREEING = {"response_0": "a", "response_1": "b", "labels": {"concise": 1, "warm": 1}}
+
+
+REWARD_MODELS = {"kind": "python:warm", "warm": "python:warm"}
 
 
 def rows(conflicting: int, agreeing: int = 0) -> list[dict[str, Any]]:
@@ -37,7 +41,7 @@ async def gateway(tmp_path: Path, redis: Redis) -> AsyncIterator[httpx.AsyncClie
     """The gateway without its lifespan: tests feed by hand. "demo" has policies for concise and warm."""
     write_policy_set(tmp_path / "policies", "demo:1", ["concise", "warm"], current=True)
     decoder = httpx.AsyncClient(transport=httpx.ASGITransport(FakeDecoder().app), base_url="http://decoder")
-    app = create_app(GatewaySettings(data_dir=tmp_path), decoder, redis)
+    app = create_app(GatewaySettings(data_dir=tmp_path, reward_models=REWARD_MODELS), decoder, redis)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
         yield client
 
@@ -86,6 +90,14 @@ async def test_an_uploaded_file_and_inline_examples_make_the_same_job(gateway: h
         (rows(3), {"examples": "non_conflicting"}, 400, "3 of 3 conflict"),
         ([], {}, 400, "empty"),
         (rows(2), {"colour": "red"}, 400, "spec.colour"),
+        (
+            rows(2),
+            {"filter": {"reward_models": ["safety"]}},
+            400,
+            "no reward model 'safety'",
+        ),
+        (rows(2), {"filter": {"reward_models": ["warm"]}}, 400, "'warm' is called like an objective"),
+        (rows(2), {"filter": {"implicit": False}}, 400, "nothing decides: name reward_models"),
         (rows(2), {"policy": "No Name"}, 400, "spec.policy"),
     ],
 )
@@ -142,7 +154,7 @@ async def test_pairs_and_candidates_are_those_decided_so_far(gateway: httpx.Asyn
         prompt="0",
         outcome="accepted",
         example=examples[0],
-        chosen=0,
+        chosen=[Chosen(candidate=0)],
         candidates=[ScoredCandidate(candidate=candidate, rewards={"concise": 1.0}, rejected=None)],
     )
     none = PromptDecided(job=job, round=1, prompt="1", outcome="none", example=examples[1])
@@ -171,13 +183,15 @@ async def test_the_feeder_queues_the_chosen_rows_with_the_jobs_plan(
 ) -> None:
     store = JobStore(redis)
     examples = [*rows(1, 2), {"prompt": "Last?", **CONFLICTING}]
-    job = await generating(gateway, store, examples, seed=7, review_weights={"concise": 1, "warm": 0})
+    by = {"margin": 0.1, "reward_models": ["kind"]}
+    job = await generating(gateway, store, examples, seed=7, review_weights={"concise": 1, "warm": 0}, filter=by)
     await Feeder(Queue(redis), store, tmp_path / "jobs").top_up()
     messages = await queued(redis)
     assert [(m.id, m.example.prompt) for m in messages] == [(f"{job.id}/1/0", "Question 0?"), (f"{job.id}/1/3", "Last?")]
     plan = messages[0].plan
     assert (plan.sampling_set, plan.reward_set, plan.seed, len(plan.weights)) == ("demo:1", "demo:1", 7, 4)
     assert plan.review_weights == {"concise": 1, "warm": 0}
+    assert plan.filter == Filter(margin=0.1, reward_models=["kind"])
     fed = await store.get(job.id)
     assert (fed.total, fed.counts.queued) == (2, 2)
 

@@ -29,6 +29,7 @@ from sipo.errors import TrainingFailed
 from sipo.policies import BaseModelRef, Draft, PolicyStore
 from sipo.preferences import Example, uniform_weights
 from sipo.prompts import PromptFormat
+from sipo.selection import Chosen
 from sipo.training.settings import Measure, Progress, TrainMetrics, TrainSettings, read_run
 
 Tell = Callable[[Progress], Awaitable[None]]
@@ -42,7 +43,7 @@ def example(row: int) -> Example:
     return Example(prompt=f"q{row}", response_0=f"a{row}", response_1=f"b{row}", labels={"concise": 0, "warm": 1})
 
 
-def decision(job: str, row: int, *, accepted: bool = True) -> PromptDecided:
+def decision(job: str, row: int, *, accepted: bool = True, objective: str | None = None) -> PromptDecided:
     candidate = Candidate(
         text=f"best {row}", token_ids=[5, 6, row, 0], finish_reason="stop", weights=uniform_weights(OBJECTIVES), stage="sample"
     )
@@ -53,7 +54,7 @@ def decision(job: str, row: int, *, accepted: bool = True) -> PromptDecided:
         prompt=str(row),
         outcome="accepted" if accepted else "none",
         example=example(row),
-        chosen=0 if accepted else None,
+        chosen=[Chosen(candidate=0, objective=objective)] if accepted else [],
         candidates=[ScoredCandidate(candidate=candidate, rewards=None, rejected=rejected)],
     )
 
@@ -229,6 +230,48 @@ async def test_a_job_without_an_accepted_response_fails_with_the_filters_figures
         failed = await until(redis, job, JobState.FAILED)
     assert runs == [] and failed.error is not None
     assert "in 3 prompts with 3 candidates (rejected: 3 worse_than_original; prompts failed: 0)" in failed.error
+
+
+async def test_separate_responses_train_each_policy_on_its_own_pairs_and_need_some_for_each(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path
+) -> None:
+    policies(stages, adapter)
+    async with trainer(redis, stages):
+        for objectives, state in ((["warm"] * 3, JobState.FAILED), (["warm", "concise", "warm"], JobState.COMPLETED)):
+            job = await submit(redis, stages)
+            for row, objective in enumerate(objectives):
+                await Queue(redis).put(DECISIONS, decision(job.id, row, objective=objective))
+            ended = await until(redis, job, state)
+            if state == JobState.FAILED:
+                assert runs == [] and "no response passed the filter for concise, in 3 prompts" in (ended.error or "")
+    texts = {name: (stages.run_folder(job, 1, name) / "pairs.jsonl").read_text() for name in OBJECTIVES}
+    pairs = {name: [json.loads(line) for line in text.splitlines()] for name, text in texts.items()}
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs["concise"]] == [("best 1", "a1")]
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs["warm"]] == [("best 0", "b0"), ("best 2", "b2")]
+
+
+async def test_a_prompt_that_is_decided_after_its_round_has_closed_changes_nothing(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had failed, was re-queued, and came back while the policies were trained."""
+    policies(stages, adapter)
+    job = await submit(redis, stages)
+    failed = decision(job.id, 1, accepted=False).model_copy(update={"outcome": "failed", "error": "no room"})
+    train = rounds.run_child
+
+    async def train_while_it_comes(path: Path, tell: Tell) -> TrainMetrics:
+        await Queue(redis).put(DECISIONS, decision(job.id, 1))
+        while await redis.xlen(DECISIONS):  # noqa: ASYNC110, the trainer empties it
+            await asyncio.sleep(0.02)
+        return await train(path, tell)
+
+    monkeypatch.setattr(rounds, "run_child", train_while_it_comes)
+    async with trainer(redis, stages):
+        for one in (decision(job.id, 0), failed, decision(job.id, 2)):
+            await Queue(redis).put(DECISIONS, one)
+        done = await until(redis, job, JobState.COMPLETED)
+    assert (done.counts.accepted, done.counts.failed) == (2, 1)
+    assert Report.model_validate_json((stages.folder(job) / "report.json").read_text()).funnel.pairs == 4
 
 
 async def test_a_training_that_fails_ends_the_job_and_leaves_the_policies(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sipo.errors import IncompatiblePolicy
+from sipo.errors import IncompatiblePolicy, InvalidRequest
 from sipo.prompts import PromptFormat
 
 TEMPLATE = (
@@ -76,3 +78,25 @@ def test_another_chat_template_is_refused() -> None:
 def test_a_raw_format_needs_a_place_for_the_prompt() -> None:
     with pytest.raises(ValidationError, match=r"\{prompt\}"):
         PromptFormat(kind="raw", template="no place")
+
+
+def test_text_that_the_tokens_would_not_give_back_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    prompt_format = PromptFormat.of(tokenizer)
+    assert prompt_format.exact_response_ids("hello  you", tokenizer) == prompt_format.response_ids("hello you", tokenizer)
+    with pytest.raises(InvalidRequest, match=r"cannot write 'hello ☃': it makes 'hello <unk>' of it"):
+        prompt_format.exact_response_ids("hello ☃", tokenizer)
+
+
+def test_prompt_and_response_never_share_a_token_even_where_they_would_merge(bundled_base: Path) -> None:
+    """One text would be tokenised across the border: sampling never sees such tokens, so neither do training and scoring."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled_base)
+    raw = PromptFormat(kind="raw", template="{prompt} un")
+    prompt, response = raw.prompt_ids("It is", tokenizer), raw.response_ids("believable.", tokenizer, ended=False)
+    together = tokenizer("It is unbelievable.")["input_ids"]
+    assert [*prompt, *response] != together
+    assert tokenizer.decode([*prompt, *response]) == tokenizer.decode(together)
+    for prompt_format in (raw, PromptFormat.of(tokenizer)):
+        for text in ("believable.", " unbelievable", "\n\nYes", "…", "é"):
+            whole = prompt_format.prompt_ids("It is", tokenizer) + prompt_format.response_ids(text, tokenizer, ended=False)
+            assert tokenizer.decode(whole) == prompt_format.text("It is", tokenizer) + text

@@ -9,6 +9,7 @@ from services.common.messages import PromptDecided
 from services.trainer.decisions import DecisionLog
 from sipo.errors import Conflict, NotFound
 from sipo.preferences import Example
+from sipo.selection import Chosen
 
 EXAMPLE = Example(prompt="x", response_0="a", response_1="b", labels={"warm": 1, "concise": 0})
 
@@ -49,8 +50,9 @@ def test_a_line_that_a_crash_tore_is_cut_off_and_can_be_written_again(tmp_path: 
 
 def test_a_failed_prompt_may_be_decided_later_but_a_decision_never_becomes_a_failure(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path)
-    log.append([decided(1, "failed", error="a"), decided(2, "accepted", chosen=0)])
-    log.append([decided(1, "accepted", chosen=0), decided(2, "failed", error="b"), decided(1, "failed", error="c")])
+    chosen = [Chosen(candidate=0)]
+    log.append([decided(1, "failed", error="a"), decided(2, "accepted", chosen=chosen)])
+    log.append([decided(1, "accepted", chosen=chosen), decided(2, "failed", error="b"), decided(1, "failed", error="c")])
     assert {one.prompt: one.outcome for one in DecisionLog(tmp_path).read()} == {"1": "accepted", "2": "accepted"}
     assert log.counts(1) == {"decided": 2, "accepted": 2, "none": 0, "failed": 0}
 

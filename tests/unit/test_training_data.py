@@ -30,10 +30,12 @@ def test_alignment_pairs_follow_the_objectives_label_and_skip_examples_without_o
 
 
 def test_an_accepted_response_beats_both_originals_with_the_tokens_it_was_sampled_with() -> None:
-    assert pareto_rows("x", "best", ("y0", "y1"), [1, 2]) == [
-        {"prompt": "x", "chosen": "best", "rejected": "y0", "chosen_token_ids": [1, 2]},
-        {"prompt": "x", "chosen": "best", "rejected": "y1", "chosen_token_ids": [1, 2]},
-    ]
+    example = Example(prompt="x", response_0="y0", response_1="y1", labels={"warm": 1, "concise": 0})
+    against_0 = {"prompt": "x", "chosen": "best", "rejected": "y0", "chosen_token_ids": [1, 2]}
+    against_1 = against_0 | {"rejected": "y1"}
+    assert pareto_rows(example, "best", [1, 2]) == [against_0, against_1]
+    assert pareto_rows(example, "best", [1, 2], "warm") == [against_1]
+    assert pareto_rows(example, "best", [], "warm") == [{"prompt": "x", "chosen": "best", "rejected": "y1"}]
 
 
 def test_tokens_are_those_of_the_prompt_format_with_one_end_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -72,7 +74,8 @@ def test_a_tenth_is_held_out_from_forty_pairs_on(tiny_tokenizer: PreTrainedToken
 
 
 def test_both_pairs_of_a_prompt_stay_on_one_side_of_the_split(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    source = [pair for i in range(30) for pair in pareto_rows(f"p{i}", f"best {i}", (f"a{i}", f"b{i}"), [1, 2])]
+    examples = [Example(prompt=f"p{i}", response_0=f"a{i}", response_1=f"b{i}", labels={"warm": 1}) for i in range(30)]
+    source = [pair for i, example in enumerate(examples) for pair in pareto_rows(example, f"best {i}", [1, 2])]
     found = tokens(source, tiny_tokenizer)
     prompts = [{tuple(row["prompt_ids"]) for row in side} for side in (found.train, found.validation)]
     assert found.held_out and not prompts[0] & prompts[1]
