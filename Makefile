@@ -46,6 +46,9 @@ test: setup  ## all tests
 bench-decode: setup  ## what mixing costs against one model, one request at a time and the engine alone
 	$(BIN)/python -m bench.decode
 
+bench-filter: setup  ## what each filter lets through on the bundled data, and how much of it is truly better
+	$(BIN)/python -m bench.filters
+
 bench-gpu: setup  ## on a GPU: deltas in CUDA graphs, the reference, and the compiled decoder against it
 	$(BIN)/python -m bench.gpu
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import typer
 
-from gateway.cli import jobs, policies
+from gateway.cli import jobs, policies, queue
 from gateway.cli.conflicts import conflicts
 from gateway.cli.console import CommandLine
 from gateway.cli.demo import demo
 from gateway.cli.generate import generate
+from gateway.cli.score import score
 from gateway.cli.up import up
 
 app = typer.Typer(
@@ -25,5 +26,7 @@ app.command()(up)
 app.command()(demo)
 app.command()(generate)
 app.command()(conflicts)
+app.command()(score)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(policies.app, name="policies")
+app.add_typer(queue.app, name="queue")

@@ -54,13 +54,14 @@ def demo(
         f"conflicts found: {source.conflicting} of {source.offered} examples conflict on {', '.join(source.objectives)}; "
         f"the round runs on {min(source.conflicting, demo_input.PROMPTS)} of them"
     )
-    job = asyncio.run(_run(settings, source))
+    job = asyncio.run(run_round(settings, source))
     console.print(f"wall time: {time.monotonic() - began:.0f} s")
     if job.state != JobState.COMPLETED or not job.counts.accepted:
         raise typer.Exit(1)
 
 
-async def _run(settings: GatewaySettings, source: DemoInput) -> Job:
+async def run_round(settings: GatewaySettings, source: DemoInput) -> Job:
+    """Starts the system, runs the job on it, shows what came of it, and stops the system."""
     [port] = free_ports(1)
     specs = stack_specs(settings, gateway_port=port)
     url = f"http://{settings.host}:{port}"

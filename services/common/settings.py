@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from sipo.preferences import ObjectiveName
 
@@ -22,7 +22,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class CommonSettings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", validate_default=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", validate_default=True, env_ignore_empty=True)
 
     data_dir: Folder = Field(default=Path("~/.sipo"), description="policies, jobs, logs, and the embedded queue's files")
     cache_dir: Folder = Field(default=Path("~/.cache/sipo"), description="what can be made again: models, hashes")
@@ -46,6 +46,10 @@ def load(settings: type[S]) -> S:
     """The settings from the environment; a bad value ends the process with status 2 and one sentence naming the variable."""
     try:
         return settings()
+    except SettingsError as error:  # a variable that should be JSON; pydantic-settings names its field
+        field = str(error).split('"')[1]
+        print(f"{PREFIX}{field.upper()} is not usable: it must be JSON.", file=sys.stderr)
+        raise SystemExit(2) from None
     except ValidationError as error:
         first = error.errors()[0]
         variable = PREFIX + "_".join(str(part) for part in first["loc"]).upper()

@@ -17,8 +17,10 @@ COMMANDS = [
     "demo",
     "generate",
     "conflicts",
+    "score",
     *(f"jobs {name}" for name in ("submit", "list", "show", "watch", "cancel")),
     *(f"policies {name}" for name in ("list", "show", "activate", "import")),
+    *(f"queue {name}" for name in ("show", "requeue")),
 ]
 
 
@@ -33,7 +35,7 @@ def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
     assert f"Usage: root {command}" in result.stdout
     text = " ".join(result.stdout.split())
     assert len(text) > 150
-    if command in ("generate", "demo", "conflicts", "jobs submit", "policies import"):
+    if command in ("generate", "demo", "conflicts", "score", "jobs submit", "policies import", "queue show", "queue requeue"):
         assert f"sipo {command} " in text, "an example"
 
 

@@ -28,6 +28,8 @@ def test_variables_are_field_names_after_the_prefix(monkeypatch: pytest.MonkeyPa
         ("SIPO_SCORER_PORT", "70000", "65535"),
         ("SIPO_LOG_LEVEL", "loud", "'debug', 'info', 'warning' or 'error'"),
         ("SIPO_REDIS_URL", "localhost:6379", "SIPO_REDIS_URL='localhost:6379'"),
+        ("SIPO_REWARD_MODELS", "safety", "SIPO_REWARD_MODELS is not usable: it must be JSON"),
+        ("SIPO_REWARD_MODELS", '{"s": 1}', "a valid string"),
     ],
 )
 def test_a_bad_value_stops_the_service_with_one_sentence_that_names_it(
@@ -41,6 +43,13 @@ def test_a_bad_value_stops_the_service_with_one_sentence_that_names_it(
     assert variable in said
     assert says in said
     assert said.count("\n") == 1
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docker compose passes on what nobody set."""
+    monkeypatch.setenv("SIPO_REWARD_MODELS", "")
+    monkeypatch.setenv("SIPO_SCORER_PORT", "")
+    assert (load(ServiceSettings).reward_models, load(ServiceSettings).scorer_port) == ({}, 8003)
 
 
 def test_settings_do_not_change() -> None:
