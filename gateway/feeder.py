@@ -14,9 +14,10 @@ from pathlib import Path
 import structlog
 from redis.exceptions import RedisError
 
+from gateway.decisions import DECISIONS, read_decisions
 from gateway.job_input import INPUT, chosen_rows
 from services.common.job_store import Job, JobStore
-from services.common.jobs import JobSpec, JobState
+from services.common.jobs import JobState
 from services.common.messages import PromptQueued, SamplingPlan
 from services.common.queue import Queue
 from sipo.errors import Conflict
@@ -56,6 +57,7 @@ def sampling_plan(job: Job) -> SamplingPlan:
         review_weights=spec.review_weights or uniform_weights(spec.objectives),
         refine=spec.refine,
         samples_per_weight=spec.samples_per_weight,
+        teachers=spec.teachers,
         temperature=spec.temperature,
         seed=spec.seed,
         max_tokens=spec.max_tokens,
@@ -71,7 +73,7 @@ class Feeder:
         self.jobs = jobs
         self.folder = folder
         self.pause = pause
-        self._prompts: dict[str, Prompts] = {}  # of the jobs that are generating
+        self._prompts: dict[tuple[str, int], Prompts] = {}  # by job and round, of the jobs that are generating
 
     async def run(self) -> None:
         """Runs until cancelled, and through outages of the queue server."""
@@ -85,7 +87,7 @@ class Feeder:
     async def top_up(self) -> None:
         """One prompt of each job in turn, until the stream is full or nothing is left."""
         rounds = [round_ for job in await self.jobs.list(JobState.GENERATING) if (round_ := await self._open(job))]
-        self._prompts = {round_.job.id: round_.prompts for round_ in rounds}
+        self._prompts = {(round_.job.id, round_.job.round): round_.prompts for round_ in rounds}
         while rounds:
             for round_ in list(rounds):
                 prompt = round_.next()
@@ -98,22 +100,28 @@ class Feeder:
                     rounds.remove(round_)
 
     async def _open(self, job: Job) -> Round | None:
-        prompts = self._prompts.get(job.id)
+        prompts = self._prompts.get((job.id, job.round))
         try:
             if prompts is None:
-                prompts = await asyncio.to_thread(_read, self.folder / job.id / INPUT, job.spec)
+                prompts = await asyncio.to_thread(read_prompts, self.folder / job.id, job)
             if job.total is None:
-                await self.jobs.update(job.id, total=len(prompts))
-        except OSError as error:
+                await self.jobs.update(job.id, of_round=job.round, total=len(prompts))
+        except (OSError, ValueError) as error:
             with suppress(Conflict):
-                await self.jobs.advance(job.id, job.state, JobState.FAILED, error=f"its input cannot be read: {error}")
+                await self.jobs.advance(job.id, job.state, JobState.FAILED, error=f"its prompts cannot be read: {error}")
             return None
-        except Conflict:  # it has ended since it was listed
+        except Conflict:  # it has ended, or its round has, since it was listed
             return None
         return Round(job, sampling_plan(job), prompts, job.counts.queued)
 
 
-def _read(path: Path, spec: JobSpec) -> Prompts:
-    with path.open() as file:
+def read_prompts(folder: Path, job: Job) -> Prompts:
+    """What the job's round is made of: the same for whoever reads it whenever, as the decisions of earlier rounds do not change."""
+    with (folder / INPUT).open() as file:
         examples = [Example.model_validate_json(line) for line in file]
-    return [(row, examples[row]) for row in chosen_rows(spec, examples)]
+    rows = chosen_rows(job.spec, examples)
+    if job.round > 1 and job.spec.round_prompts == "unresolved":
+        decisions = read_decisions(folder / DECISIONS)
+        resolved = {int(one.prompt) for one in decisions if one.round < job.round and one.outcome == "accepted"}
+        rows = [row for row in rows if row not in resolved]
+    return [(row, examples[row]) for row in rows]

@@ -14,12 +14,19 @@ from pathlib import Path
 
 from services.common.jobs import JobSpec
 from sipo.errors import Conflict, InvalidRequest
-from sipo.policies import BASE, PolicyStore
+from sipo.policies import BASE, PolicySet, PolicyStore
 from sipo.preferences import Example, check_objectives, normalize_weights
 
 
-def settle_spec(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore, reward_models: Collection[str] = ()) -> JobSpec:
-    """The specification with its objectives named and its weights normalised. `reward_models`: the external ones of this system.
+def settle_spec(
+    spec: JobSpec,
+    examples: Sequence[Example],
+    policies: PolicyStore,
+    reward_models: Collection[str] = (),
+    teachers: Collection[str] = (),
+) -> JobSpec:
+    """The specification with its objectives named and its weights normalised. `reward_models`, `teachers`: the external ones of
+    this system.
 
     Raises InvalidRequest (or InvalidWeights) if data, policies and specification do not fit each other, Conflict if the policies
     exist but none of their versions is current.
@@ -39,6 +46,10 @@ def settle_spec(spec: JobSpec, examples: Sequence[Example], policies: PolicyStor
             raise InvalidRequest(
                 f"the reward model {name!r} is called like an objective: name it otherwise", param="filter.reward_models"
             )
+    for name in spec.teachers:
+        if name not in teachers:
+            known = ", ".join(sorted(teachers)) or "none"
+            raise InvalidRequest(f"no teacher {name!r}: SIPO_TEACHERS of this system names {known}", param="teachers")
     settled = spec.model_copy(
         update={
             "objectives": objectives,
@@ -60,27 +71,44 @@ def settle_spec(spec: JobSpec, examples: Sequence[Example], policies: PolicyStor
 def _objectives(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore) -> list[str]:
     if spec.policy == BASE:
         raise InvalidRequest(f"{BASE!r} is the model without policies: choose a name for the policies to align", param="policy")
-    if spec.policy not in policies.names():
+    if spec.policy not in policies.names() and spec.sampling_set is None:
         # Nothing to improve yet: the labels say what one policy each will be aligned for.
         objectives = spec.objectives or list(dict.fromkeys(name for example in examples for name in example.labels))
         if len(set(objectives)) < 2:
             raise InvalidRequest(f"at least two objectives are needed, not just {', '.join(objectives)}", param="objectives")
         check_objectives(objectives)
         return list(dict.fromkeys(objectives))
-    current = policies.current(spec.policy)
-    if current is None:
-        raise Conflict(f"policy {spec.policy!r} has no current set: activate one of its versions first", param="policy")
-    if spec.objectives is not None and set(spec.objectives) != set(current.objectives):
+    start = _start(spec, policies)
+    if spec.objectives is not None and set(spec.objectives) != set(start.objectives):
         raise InvalidRequest(
-            f"{current.id} has policies for {', '.join(current.objectives)}, and a job improves all of them: leave `objectives` "
+            f"{start.id} has policies for {', '.join(start.objectives)}, and a job improves all of them: leave `objectives` "
             "out, or choose a new policy name",
             param="objectives",
         )
-    return current.objectives
+    return start.objectives
+
+
+def _start(spec: JobSpec, policies: PolicyStore) -> PolicySet:
+    """The set that the first round samples from."""
+    if spec.sampling_set is None:
+        current = policies.current(spec.policy)
+        if current is None:
+            raise Conflict(
+                f"policy {spec.policy!r} has no current set: activate one of its versions first, or name one as `sampling_set`",
+                param="policy",
+            )
+        return current
+    versions = {one.id: one for one in policies.sets() if one.manifest.name == spec.policy}
+    if spec.sampling_set not in versions:
+        known = ", ".join(versions) or "none yet"
+        raise InvalidRequest(
+            f"{spec.sampling_set!r} is no set of policy {spec.policy!r}: its sets are {known}", param="sampling_set"
+        )
+    return versions[spec.sampling_set]
 
 
 def chosen_rows(spec: JobSpec, examples: Sequence[Example]) -> list[int]:
-    """The rows of the input whose prompts a round runs, in order."""
+    """The rows of the input whose prompts the first round runs, in order; a later round runs these or some of them."""
 
     def chosen(example: Example) -> bool:
         conflicting = example.conflicting(spec.objectives)

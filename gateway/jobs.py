@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,11 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.datastructures import UploadFile
 
+from gateway.decisions import DECISIONS, read_decisions, whole_lines
 from gateway.job_input import settle_spec, store_input
 from gateway.settings import GatewaySettings
 from services.common.job_store import Job, JobStore, new_job_id
 from services.common.jobs import JobSpec
-from services.common.messages import PromptDecided
 from sipo.datasets import read_lines
 from sipo.errors import InvalidRequest, NotFound
 from sipo.policies import PolicyStore
@@ -33,7 +33,7 @@ from sipo.selection import pareto_pairs
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JSONL = "application/jsonl"
-DECISIONS, REPORT = "decisions.jsonl", "report.json"  # as the trainer names them
+REPORT = "report.json"  # as the trainer names it
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -77,7 +77,7 @@ async def create_job(request: Request) -> Job:
     """Takes the input whole, checks all of it, and queues the job; or refuses it and keeps nothing."""
     job_id = new_job_id()
     folder = _folder(request, job_id)
-    take_in = partial(_take_in, request.app.state.policies, request.app.state.settings.reward_models, folder)
+    take_in = partial(_take_in, request.app.state.policies, request.app.state.settings, folder)
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         async with request.form() as form:
             spec, file = form.get("spec"), form.get("file")
@@ -105,7 +105,7 @@ async def list_jobs(request: Request) -> JobList:
 
 @router.get("/{job}")
 async def get_job(job: str, request: Request) -> Job:
-    """State, counts per stage, and what went wrong if something did."""
+    """State, round, the round's counts per stage, and what went wrong if something did."""
     return await _jobs(request).get(job)
 
 
@@ -117,24 +117,27 @@ async def cancel_job(job: str, request: Request) -> Job:
 
 @router.get("/{job}/pairs", response_class=StreamingResponse)
 async def get_pairs(job: str, request: Request) -> Response:
-    """The Pareto pairs so far, as JSONL in TRL's columns: prompt, chosen, rejected; and objective where a pair is for one only."""
+    """The Pareto pairs of all rounds so far, as JSONL in TRL's columns: prompt, chosen, rejected.
+
+    Then round, and objective where a pair is for one only.
+    """
     decisions = await _artifact(request, job, DECISIONS)
     return StreamingResponse(_pairs(decisions), media_type=JSONL)
 
 
 @router.get("/{job}/candidates", response_class=StreamingResponse)
 async def get_candidates(job: str, request: Request) -> Response:
-    """The decisions so far, as JSONL: for every prompt all candidates with their rewards and why they were rejected."""
+    """The decisions so far, as JSONL: per prompt and round all candidates with their rewards and why they were rejected."""
     decisions = await _artifact(request, job, DECISIONS)
-    return StreamingResponse(_whole_lines(decisions), media_type=JSONL)
+    return StreamingResponse(whole_lines(decisions), media_type=JSONL)
 
 
 @router.get("/{job}/report", response_class=FileResponse)
 async def get_report(job: str, request: Request) -> Response:
-    """What the round came to, as JSON; there once the job has completed."""
+    """What the job came to so far, round by round, as JSON."""
     report = await _artifact(request, job, REPORT)
     if not report.is_file():
-        raise NotFound(f"{job} has no report yet: it is written when the job completes")
+        raise NotFound(f"{job} has no report yet: it is written when every prompt of the first round is decided")
     return FileResponse(report, media_type="application/json")
 
 
@@ -162,24 +165,16 @@ def _parse(model: type[M], text: str | bytes, param: str = "") -> M:
         raise InvalidRequest(f"{path}: {first['msg']}" if path else first["msg"], param=path or None) from error
 
 
-def _take_in(policies: PolicyStore, reward_models: Collection[str], folder: Path, spec: JobSpec, lines: Iterable[bytes]) -> JobSpec:
+def _take_in(policies: PolicyStore, settings: GatewaySettings, folder: Path, spec: JobSpec, lines: Iterable[bytes]) -> JobSpec:
     examples = list(read_lines(lines))
-    settled = settle_spec(spec, examples, policies, reward_models)
+    settled = settle_spec(spec, examples, policies, settings.reward_models, settings.teachers)
     store_input(folder, examples)
     return settled
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """The lines that are complete: the trainer may be writing the next one."""
-    if path.is_file():
-        with path.open("rb") as file:
-            yield from (line for line in file if line.endswith(b"\n"))
-
-
 def _pairs(decisions: Path) -> Iterator[str]:
-    for line in _whole_lines(decisions):
-        decision = PromptDecided.model_validate_json(line)
+    for decision in read_decisions(decisions):
         for candidate, objective in decision.accepted():
             only = {} if objective is None else {"objective": objective}
             for pair in pareto_pairs(decision.example, candidate.text, objective):
-                yield json.dumps(asdict(pair) | only) + "\n"
+                yield json.dumps(asdict(pair) | {"round": decision.round} | only) + "\n"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +19,11 @@ from redis.asyncio import Redis
 from gateway.worker_settings import WorkerSettings
 from services.common import app as common
 from services.common import logging
-from services.common.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient
+from services.common.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient, TeacherClient
 from services.common.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
 from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, connect, consuming, each, unanswered
 from services.common.settings import load
+from sipo.errors import NotFound
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights
 
@@ -32,13 +33,16 @@ T = TypeVar("T")
 class Generator:
     """Makes the candidates of a prompt."""
 
-    def __init__(self, decoder: DecoderClient, reviewer: ReviewerClient, policies: PolicyStore) -> None:
+    def __init__(
+        self, decoder: DecoderClient, reviewer: ReviewerClient, policies: PolicyStore, teachers: Mapping[str, TeacherClient]
+    ) -> None:
         self.decoder = decoder
         self.reviewer = reviewer
         self.policies = policies
+        self.teachers = teachers
 
     async def generate(self, queued: PromptQueued) -> PromptSampled:
-        """For every w_m of W, samples_per_weight times: a sample, and a rewrite of it."""
+        """For every w_m of W, samples_per_weight times: a sample, and a rewrite of it; then what the teachers answer."""
         plan = queued.plan
         policies = self.policies.get(plan.sampling_set)
         chains = [
@@ -46,7 +50,21 @@ class Generator:
             for m in range(len(plan.weights))
             for k in range(plan.samples_per_weight)
         ]
-        return PromptSampled(queued=queued, candidates=[one for chain in await together(chains) for one in chain])
+        distilled = [self.distil(queued, policies, teacher, k) for teacher, count in plan.teachers.items() for k in range(count)]
+        made = await together([*chains, *distilled])
+        return PromptSampled(queued=queued, candidates=[one for some in made for one in some])
+
+    async def distil(self, queued: PromptQueued, policies: PolicySet, teacher: str, k: int) -> list[Candidate]:
+        """Answer number k of a teacher, who is asked as the policies are but for their weights; it is not rewritten."""
+        if teacher not in self.teachers:
+            raise NotFound(f"this worker has no teacher {teacher!r}: set SIPO_TEACHERS and start it again")
+        text, finish_reason = await self.teachers[teacher].answer(
+            policies.manifest.prompt_format.with_system([{"role": "user", "content": queued.example.prompt}]),
+            max_tokens=queued.plan.max_tokens,
+            temperature=queued.plan.temperature,
+            seed=seed_of(queued, f"{teacher}/{k}", "distilled"),
+        )
+        return [Candidate(text=text, token_ids=[], finish_reason=finish_reason, weights=None, stage="distilled", teacher=teacher)]
 
 
 @dataclass(frozen=True)
@@ -110,12 +128,8 @@ class Chain:
         return self.queued.example.prompt
 
     def _common(self, stage: str) -> dict[str, Any]:
-        return {"policy_set": self.policies.id, "temperature": self.plan.temperature, "seed": self.seed(stage)}
-
-    def seed(self, stage: str) -> int:
-        """The same whenever, and in whichever job, this prompt comes with this plan: a redelivery makes the same candidates."""
-        name = f"{self.plan.seed}/{self.queued.round}/{self.queued.prompt}/{self.place}/{stage}"
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) >> 1
+        seed = seed_of(self.queued, self.place, stage)
+        return {"policy_set": self.policies.id, "temperature": self.plan.temperature, "seed": seed}
 
     def _candidate(self, written: Completion, stage: Literal["sample", "rewrite"], review: str | None) -> Candidate:
         return Candidate(
@@ -126,6 +140,12 @@ class Chain:
             stage=stage,
             review=review,
         )
+
+
+def seed_of(queued: PromptQueued, place: str, stage: str) -> int:
+    """The same whenever, and in whichever job, this prompt comes with this plan: a redelivery makes the same candidates."""
+    name = f"{queued.plan.seed}/{queued.round}/{queued.prompt}/{place}/{stage}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) >> 1
 
 
 async def together(chains: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -147,7 +167,8 @@ def as_failed(queued: PromptQueued, reason: str) -> tuple[str, PromptDecided]:
 
 
 def create_app(settings: WorkerSettings, redis: Redis, decoder: DecoderClient, reviewer: ReviewerClient) -> FastAPI:
-    generator = Generator(decoder, reviewer, PolicyStore(settings.data_dir / "policies"))
+    teachers = {name: TeacherClient(name, teacher) for name, teacher in settings.teachers.items()}
+    generator = Generator(decoder, reviewer, PolicyStore(settings.data_dir / "policies"), teachers)
 
     async def make_candidates(delivery: Delivery[PromptQueued]) -> None:
         await delivery.done(CANDIDATES, await generator.generate(delivery.message), counts={"sampled": 1})
@@ -158,6 +179,8 @@ def create_app(settings: WorkerSettings, redis: Redis, decoder: DecoderClient, r
             stack.push_async_callback(redis.aclose)
             await stack.enter_async_context(decoder)
             await stack.enter_async_context(reviewer)
+            for teacher in teachers.values():
+                stack.push_async_callback(teacher.aclose)
             # One consumer a prompt, so that a prompt that is done makes room for the next at once.
             consumers = [
                 Consumer(redis, PROMPTS, model=PromptQueued, batch=1, on_dead=as_failed)

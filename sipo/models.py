@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -65,9 +66,11 @@ def model_sha256(folder: Path, cache_dir: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the whole new one."""
+    """Readers see the old file or the whole new one, after a power cut too."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     Path(file.name).replace(path)
 
 

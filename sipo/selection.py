@@ -134,10 +134,10 @@ def screen(originals: Sequence[str], candidates: Sequence[Response], *, keep_tru
     rejections: list[Rejection | None] = []
     for index, candidate in enumerate(candidates):
         text = candidate.text.strip()
-        if candidate.truncated and not keep_truncated:
-            rejections.append(Rejection("truncated"))
-        elif not text:
+        if not text:
             rejections.append(Rejection("empty"))
+        elif candidate.truncated and not keep_truncated:
+            rejections.append(Rejection("truncated"))
         elif text in seen:
             rejections.append(Rejection("duplicate", seen[text]))
         else:

@@ -1,4 +1,4 @@
-"""What came of the demo's round, in print."""
+"""What came of a job, round by round, in print."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ from rich.table import Table
 
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
-from services.common.reports import Report
+from services.common.reports import Report, RoundReport
 from sipo.preferences import Weights, format_weights, one_hot_weights, uniform_weights
 from sipo.training.settings import TrainMetrics
 
 
 def show_report(report: Report) -> None:
+    _show_training("first alignment", report.alignment)
+    for one in report.rounds:
+        _show_round(one, title=f"round {one.round}: " if len(report.rounds) > 1 else "")
+    if report.reason:
+        console.print(report.reason, markup=False)
+    if report.activated:
+        console.print(f"policy set {report.policy_set} activated")
+
+
+def _show_round(report: RoundReport, title: str) -> None:
     funnel = report.funnel
-    console.print(f"\ncandidates made: {funnel.candidates} for {funnel.prompts} prompts ({funnel.failed} prompts failed)")
+    console.print(f"\n{title}candidates made: {funnel.candidates} for {funnel.prompts} prompts ({funnel.failed} prompts failed)")
     for rule, count in funnel.rejected.items():
         console.print(f"  rejected as {rule.replace('_', ' ')}: {count}")
     console.print(f"accepted: {funnel.accepted} of {funnel.prompts} prompts, which make {funnel.pairs} pairs")
@@ -25,11 +35,9 @@ def show_report(report: Report) -> None:
         for objective, means in report.ground_truth.items():
             table.add_row(objective, *(f"{mean:.3f}" for mean in (means.response_0, means.response_1, means.accepted)))
         console.print(table)
-    _show_training("first alignment", report.alignment)
     _show_training("training on the pairs", report.training)
     if report.policy_set:
-        done = "activated" if report.activated else "published"
-        console.print(f"policy set {report.policy_set} {done}, made from {report.sampling_set}")
+        console.print(f"policy set {report.policy_set} published, made from {report.sampling_set}")
 
 
 def _show_training(title: str, metrics: Mapping[str, TrainMetrics]) -> None:

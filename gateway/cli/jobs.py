@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gateway.cli.client import DEFAULT_URL, Gateway, GatewayUrl
 from gateway.cli.console import console
-from gateway.cli.progress import detail, watch_job
+from gateway.cli.progress import watch_job
 from services.common.job_store import Job
 from services.common.jobs import JobSpec, JobState
 from sipo.errors import InvalidRequest
@@ -29,6 +29,7 @@ def submit(
     objectives: Annotated[str | None, typer.Option(help="concise,warm. Default: the policies', or the labels found.")] = None,
     examples: Annotated[str | None, typer.Option(help="conflicting (default), all or non_conflicting.")] = None,
     max_prompts: Annotated[int | None, typer.Option(min=1, help="Only the first so many of the chosen examples.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, each from the policies of the one before. Default: 1.")] = None,
     activate: Annotated[bool, typer.Option("--activate", help="Make the new policies current when they are done.")] = False,
     stop_after_pairs: Annotated[bool, typer.Option("--stop-after-pairs", help="Do not train: look at the pairs first.")] = False,
     spec: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="YAML or JSON with any field of a job.")] = None,
@@ -49,6 +50,7 @@ def submit(
         "objectives": objectives and [name.strip() for name in objectives.split(",")],
         "examples": examples,
         "max_prompts": max_prompts,
+        "rounds": rounds,
         "activate": activate or None,
         "stop_after": "pairs" if stop_after_pairs else None,
     }
@@ -86,7 +88,8 @@ def list_jobs(url: GatewayUrl = DEFAULT_URL) -> None:
         job = Job.model_validate(entry)
         prompts = "" if job.total is None else f"{job.counts.decided}/{job.total}"
         created, result = f"{job.created:%Y-%m-%d %H:%M}", job.policy_set or job.error or ""
-        table.add_row(job.id, job.state, job.spec.policy, prompts, str(job.counts.accepted), created, result)
+        state = job.state if job.spec.rounds == 1 else f"{job.state} {job.round}/{job.spec.rounds}"
+        table.add_row(job.id, state, job.spec.policy, prompts, str(job.counts.accepted), created, result)
     console.print(table if table.row_count else "no jobs yet: `sipo jobs submit FILE --policy NAME`")
 
 
@@ -110,6 +113,7 @@ def cancel(job: JobId, url: GatewayUrl = DEFAULT_URL) -> None:
 
 def _watch(gateway: Gateway, job: str) -> None:
     ended = watch_job(lambda: gateway.job(job))
-    console.print(f"{ended.id} {ended.state}: {ended.error or ended.policy_set or detail(ended)}", markup=False)
+    outcome = ended.error or "; ".join(filter(None, (ended.policy_set, ended.reason)))
+    console.print(f"{ended.id} {ended.state}: {outcome}", markup=False)
     if ended.state != JobState.COMPLETED:
         raise typer.Exit(1)

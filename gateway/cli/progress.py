@@ -23,7 +23,13 @@ def watch_job(fetch: Callable[[], Job], *, every: float = 1.0) -> Job:
 
 
 def detail(job: Job) -> str:
-    """The numbers of the job's present stage in words."""
+    """The round, if there are several, and the numbers of the job's present stage in words."""
+    in_round = job.spec.rounds > 1 and not job.state.ended and job.state not in (JobState.QUEUED, JobState.ALIGNING)
+    round_ = f"round {job.round} of {job.spec.rounds}" if in_round else ""
+    return ": ".join(filter(None, (round_, _numbers(job))))
+
+
+def _numbers(job: Job) -> str:
     if (training := _training(job)) is not None:
         if training.stage == "reference":
             done = f"reference has scored {training.step} of {training.of} pairs"
@@ -48,35 +54,35 @@ def _training(job: Job) -> Training | None:
 def _show_live(fetch: Callable[[], Job], every: float) -> Job:
     words, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
     stage: TaskID | None = None
-    state: JobState | None = None
+    at: tuple[int, JobState] | None = None
     with Progress(SpinnerColumn(), words, BarColumn(bar_width=20), TimeElapsedColumn(), numbers, console=console) as progress:
         while True:
             job = fetch()
-            if job.state != state:
+            if (job.round, job.state) != at:
                 if stage is not None:
                     progress.update(stage, total=1, completed=1)
                     progress.stop_task(stage)
                 if job.state.ended:
                     return job
-                state, stage = job.state, progress.add_task(f"{job.state:<11}", total=None, detail="")
+                at, stage = (job.round, job.state), progress.add_task(f"{job.state:<11}", total=None, detail=detail(job))
             assert stage is not None
             if (training := _training(job)) is not None:
                 progress.update(stage, total=training.of, completed=training.step, detail=detail(job))
-            elif state == JobState.GENERATING:
+            elif job.state == JobState.GENERATING:
                 progress.update(stage, total=job.total, completed=job.counts.decided, detail=detail(job))
             time.sleep(every)
 
 
 def _show_lines(fetch: Callable[[], Job], every: float) -> Job:
-    state: JobState | None = None
+    at: tuple[int, JobState] | None = None
     said, said_at, began = "", 0.0, time.monotonic()
     while True:
         job = fetch()
         words = f"{job.state:<11} {detail(job)}".rstrip()
         now = time.monotonic()
-        if words != said and (job.state != state or now - said_at >= LINE_SECONDS):
+        if words != said and ((job.round, job.state) != at or now - said_at >= LINE_SECONDS):
             console.print(f"{now - began:6.0f} s  {words}", markup=False)
-            said, said_at, state = words, now, job.state
+            said, said_at, at = words, now, (job.round, job.state)
         if job.state.ended:
             return job
         time.sleep(every)

@@ -1,4 +1,4 @@
-"""How services call each other over HTTP: the decoder (vLLM's OpenAI server with our fields) and the reviewer.
+"""How services call others over HTTP: the decoder (vLLM's OpenAI server with our fields), the reviewer, and teachers elsewhere.
 
 What went wrong comes out as our own errors: Unavailable if the service does not answer, or says 503 or 429; the caller's mistakes
 as InvalidRequest, NotFound or Conflict with the service's message; anything else as SipoError. Nothing is retried here: callers
@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any, NotRequired, Self, TypedDict, Unpack
 
 import httpx
+from pydantic import BaseModel, Field, ValidationError
 
 from services.common.replicas import replica_client
+from services.common.settings import Teacher
 from sipo.errors import Conflict, InvalidRequest, NotFound, SipoError, Unavailable
 from sipo.preferences import Weights
 
@@ -150,6 +152,82 @@ class ReviewerClient(ServiceClient):
         return Completion(reply["text"], reply["token_ids"], reply["finish_reason"], reply.get("prompt_tokens", 0))
 
 
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str
+
+
+class _ChatCompletion(BaseModel):
+    """As much of OpenAI's as is needed here."""
+
+    choices: list[_Choice] = Field(min_length=1)
+
+
+class TeacherClient:
+    """An OpenAI-compatible endpoint of another. `name` is the operator's for it, and how errors call it."""
+
+    def __init__(self, name: str, teacher: Teacher) -> None:
+        self.name = f"teacher {name!r}"
+        self._model = teacher.model
+        self._key = teacher.api_key.get_secret_value() if teacher.api_key else None
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else None
+        # Not through replica_client: the way to another's endpoint may be a proxy, which httpx finds in the environment.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
+        self._http = httpx.AsyncClient(base_url=str(teacher.url), headers=headers, timeout=TIMEOUT, limits=limits)
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def answer(self, messages: ChatMessages, *, max_tokens: int, temperature: float, seed: int) -> tuple[str, str]:
+        """Text and finish reason. What cannot be used as an answer (filtered, a tool call) has its finish reason and no text.
+
+        Raises Unavailable if the endpoint is away, full or broken, SipoError for anything else that is no chat completion: it is
+        set up wrongly, or takes no such request.
+        """
+        body = {
+            "model": self._model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        try:
+            reply = await self._http.post("/chat/completions", json=body)
+        except httpx.TransportError as error:
+            raise Unavailable(f"the {self.name} does not answer ({type(error).__name__})") from error
+        except httpx.DecodingError as error:
+            raise SipoError(f"the {self.name} sent what cannot be read: {error}") from error
+        if _filtered(reply):
+            return "", "content_filter"
+        if not reply.is_success:
+            message = f"the {self.name} answered HTTP {reply.status_code}: {self._said(reply)}"
+            away = reply.is_server_error or reply.status_code in (408, 429)
+            raise _unavailable(message, reply) if away else SipoError(message)
+        try:
+            choice = _ChatCompletion.model_validate_json(reply.content).choices[0]
+        except ValidationError as error:
+            raise SipoError(f"the {self.name} sent no chat completion: {self._said(reply)}") from error
+        whole = choice.finish_reason in ("stop", "length")
+        return (choice.message.content or "") if whole else "", choice.finish_reason
+
+    def _said(self, reply: httpx.Response) -> str:
+        """The beginning of what came, on one line, without the key: some endpoints repeat it when they refuse it."""
+        said = reply.text.replace(self._key, "**********") if self._key else reply.text
+        return " ".join(said.split())[:300]
+
+
+def _filtered(reply: httpx.Response) -> bool:
+    """A prompt that the endpoint will not answer, as Azure says it: no answer, and nobody's mistake."""
+    try:
+        return reply.status_code == httpx.codes.BAD_REQUEST and reply.json()["error"]["code"] == "content_filter"
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 def _error(service: str, reply: httpx.Response) -> SipoError:
     """Our error for an HTTP status; its message is the service's own where it sent one in OpenAI's shape."""
     try:
@@ -158,10 +236,7 @@ def _error(service: str, reply: httpx.Response) -> SipoError:
     except (ValueError, KeyError, TypeError, AttributeError):
         message, param = f"the {service} answered HTTP {reply.status_code} {reply.reason_phrase}", None
     if reply.status_code in (429, 502, 503, 504):
-        try:
-            return Unavailable(message, retry_after=float(reply.headers["retry-after"]))
-        except (KeyError, ValueError):
-            return Unavailable(message)
+        return _unavailable(message, reply)
     if reply.status_code == 404:
         return NotFound(message, param=param)
     if reply.status_code == 409:
@@ -169,3 +244,10 @@ def _error(service: str, reply: httpx.Response) -> SipoError:
     if reply.status_code < 500:
         return InvalidRequest(message, param=param)
     return SipoError(f"the {service} failed: {message}")
+
+
+def _unavailable(message: str, reply: httpx.Response) -> Unavailable:
+    try:
+        return Unavailable(message, retry_after=float(reply.headers["retry-after"]))
+    except (KeyError, ValueError):
+        return Unavailable(message)

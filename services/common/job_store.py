@@ -27,7 +27,7 @@ from sipo.errors import Conflict, NotFound
 NEXT: Final[dict[JobState, frozenset[JobState]]] = {
     JobState.QUEUED: frozenset({JobState.ALIGNING, JobState.GENERATING}),
     JobState.ALIGNING: frozenset({JobState.GENERATING}),
-    JobState.GENERATING: frozenset({JobState.TRAINING, JobState.COMPLETED}),  # completed: stop_after pairs
+    JobState.GENERATING: frozenset({JobState.TRAINING, JobState.COMPLETED}),  # completed: see JobState
     JobState.TRAINING: frozenset({JobState.EVALUATING}),
     JobState.EVALUATING: frozenset({JobState.PUBLISHING}),
     JobState.PUBLISHING: frozenset({JobState.GENERATING, JobState.COMPLETED}),  # generating: the next round
@@ -56,14 +56,15 @@ class Job(BaseModel):
     state: JobState
     created: datetime
     updated: datetime
-    round: int = 1
+    round: int = Field(default=1, description="the present one, of spec.rounds")
     total: int | None = Field(default=None, description="prompts of the round; None until it is known")
     counts: Counts = Counts()
     sampling_set: str | None = Field(default=None, description="policy set that samples in this round")
     reward_set: str | None = Field(default=None, description="policy set whose rewards decide in this round")
-    policy_set: str | None = Field(default=None, description="the outcome")
+    policy_set: str | None = Field(default=None, description="the outcome: the newest set that the job has published")
     progress: dict[str, Any] = Field(default={}, description="of the present stage, as its owner tells it")
     error: str | None = None
+    reason: str | None = Field(default=None, description="why it completed before its last round, if it did")
     artifacts: dict[str, str] = Field(default={}, description="file by name, relative to the job's folder")
 
 
@@ -75,14 +76,15 @@ redis.call('ZADD', KEYS[2], ARGV[2], ARGV[1])
 return 1
 """
 
-# KEYS job, lease; ARGV expected states (comma at both ends), token ('' asks for none), field and value…
-# -> ok | missing | fenced | the state that it is in
+# KEYS job, lease; ARGV expected states (comma at both ends), token and expected round ('' asks for none), field and value…
+# -> ok | missing | fenced | round | the state that it is in
 CHANGE = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return 'missing' end
 if ARGV[2] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[2] then return 'fenced' end
 if not string.find(ARGV[1], ',' .. state .. ',', 1, true) then return state end
-redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+if ARGV[3] ~= '' and redis.call('HGET', KEYS[1], 'round') ~= ARGV[3] then return 'round' end
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
 return 'ok'
 """
 
@@ -153,10 +155,13 @@ class JobStore:
         assert not from_state.ended and to_state in allowed, f"no way from {from_state} to {to_state}"
         return await self._set(id, [from_state], lease, fields | {"state": to_state})
 
-    async def update(self, id: str, *, lease: Lease | None = None, **fields: Any) -> Job:
-        """Sets fields (progress, total, artifacts…) of a job that has not ended; the state is advance's alone."""
+    async def update(self, id: str, *, lease: Lease | None = None, of_round: int | None = None, **fields: Any) -> Job:
+        """Sets fields (progress, total, artifacts…) of a job that has not ended; the state is advance's alone.
+
+        What is true of one round only says of which: Conflict if the job is in another one.
+        """
         assert "state" not in fields
-        return await self._set(id, [state for state in JobState if not state.ended], lease, fields)
+        return await self._set(id, [state for state in JobState if not state.ended], lease, fields, of_round)
 
     async def set_counts(self, id: str, round_: int, counts: Mapping[str, int]) -> None:
         """Counts that their one writer knows as a whole: the trainer those of decisions, from what it has on disk."""
@@ -168,17 +173,21 @@ class JobStore:
         open_states = [state for state in JobState if not state.ended]
         return await self._set(id, [*open_states, JobState.CANCELLED], None, {"state": JobState.CANCELLED})
 
-    async def _set(self, id: str, states: Sequence[JobState], lease: Lease | None, fields: dict[str, Any]) -> Job:
+    async def _set(
+        self, id: str, states: Sequence[JobState], lease: Lease | None, fields: dict[str, Any], of_round: int | None = None
+    ) -> Job:
         values = Job.model_validate(_BLANK | fields).model_dump(mode="json", include=set(fields))
         assert values.keys() == fields.keys(), f"not fields of a job: {fields.keys() - values.keys()}"
         values["updated"] = datetime.now(UTC).isoformat()
         token = "" if lease is None else lease.token
         keys = [job_key(id), lease_keys("" if lease is None else lease.name)[0]]
-        outcome = await self._change(keys=keys, args=[f",{','.join(states)},", token, *_plain(values)])
+        outcome = await self._change(keys=keys, args=[f",{','.join(states)},", token, of_round or "", *_plain(values)])
         if outcome == "missing":
             raise NotFound(f"no job {id!r}")
         if outcome == "fenced":
             raise Conflict(f"the lease on {lease and lease.name!r} is another's now")
+        if outcome == "round":
+            raise Conflict(f"job {id} is not in round {of_round} any more")
         if outcome != "ok":
             raise Conflict(f"job {id} is {outcome}, not {' or '.join(states) if len(states) == 1 else 'running'}")
         return await self.get(id)

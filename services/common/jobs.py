@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from sipo.preferences import ObjectiveName, Weights
 from sipo.selection import Filter
@@ -15,7 +15,8 @@ from sipo.training.settings import TrainSettings
 class JobState(StrEnum):
     """queued → aligning (no policies yet) → generating → training → evaluating → publishing → completed | failed | cancelled.
 
-    `stop_after: pairs` goes from generating to completed.
+    From publishing the next round goes on with generating. `stop_after: pairs`, and a later round that accepts nothing, go from
+    generating to completed.
     """
 
     QUEUED = "queued"
@@ -52,8 +53,26 @@ class JobSpec(Request):
     max_prompts: int | None = Field(default=None, ge=1, description="the first so many of the chosen examples")
     weights: list[Weights] | None = Field(default=None, min_length=1, max_length=32, description="W; default: DESIGN's grid")
     review_weights: Weights | None = Field(default=None, description="w_e; default uniform")
+    rounds: int = Field(
+        default=1, ge=1, le=16, description="each samples from the policies that the one before published, and publishes a set"
+    )
+    round_prompts: Literal["unresolved", "all"] = Field(
+        default="unresolved",
+        description="which of the job's prompts a later round runs: those for which no round before accepted a response; or all",
+    )
+    sampling_set: str | None = Field(
+        default=None, description="NAME:VERSION, the set of this policy that the first round starts from; default: the current one"
+    )
+    reward_set: Literal["first", "latest"] = Field(
+        default="first",
+        description="whose rewards decide. first: those of the first alignment, as later policies have seen their own samples; "
+        "latest: those that the round starts from",
+    )
     refine: bool = True
     samples_per_weight: int = Field(default=1, ge=1, le=16)
+    teachers: dict[str, Annotated[int, Field(ge=1, le=16)]] = Field(
+        default={}, max_length=8, description="answers per prompt of teachers (SIPO_TEACHERS) beside the policies' own samples"
+    )
     temperature: float = Field(default=0.7, ge=0, le=2)
     filter: Filter = Field(default=Filter(), description="which candidates make pairs; default: the paper's Eq. 7")
     seed: int = 0
@@ -62,4 +81,14 @@ class JobSpec(Request):
     alignment: TrainSettings = Field(default=TrainSettings(epochs=2, learning_rate=5e-4))
     training: TrainSettings = Field(default=TrainSettings())
     stop_after: Literal["pairs"] | None = None
-    activate: bool = False
+    activate: bool = Field(
+        default=False,
+        description="make the last round's set current when the job completes. Those of the rounds before are steps on the way: "
+        "callers would get policies that nobody has chosen, and keep them if a later round fails",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stop_after == "pairs" and self.rounds > 1:
+            raise ValueError("stop_after: pairs publishes no policies for a second round: leave one of stop_after and rounds out")
+        return self

@@ -30,6 +30,7 @@ class SamplingPlan(Record):
     review_weights: Weights = Field(description="w_e of Eq. 4")
     refine: bool = Field(description="False: samples only, no review and rewrite (the paper's SIPO - refine)")
     samples_per_weight: int = Field(ge=1, le=16)
+    teachers: dict[str, int] = Field(default={}, description="answers of each teacher (SIPO_TEACHERS) beside the policies' samples")
     temperature: float = Field(ge=0)
     seed: int
     max_tokens: int = Field(ge=1, description="longest response")
@@ -64,14 +65,18 @@ class Candidate(Record):
     token_ids: list[int] = Field(
         description="as the decoder made them, the end token included where it ended by itself; empty if it was made elsewhere"
     )
-    finish_reason: str = Field(description="'stop' or 'length', as vLLM says it")
-    weights: Weights = Field(description="w_m under which it was made")
-    stage: Literal["sample", "rewrite"]
+    finish_reason: str = Field(
+        description="'stop' or 'length', as vLLM says it; a teacher's own word for any other end, and then the text is empty"
+    )
+    weights: Weights | None = Field(description="w_m under which it was made; None if it is a teacher's, who knows no weights")
+    stage: Literal["sample", "rewrite", "distilled"]
     review: str | None = Field(default=None, description="the review y^v that a rewrite followed")
+    teacher: str | None = Field(default=None, description="who wrote it, if it is distilled: a name of SIPO_TEACHERS")
 
 
 class PromptSampled(Record):
-    """All candidates of one prompt: ready for scoring. A rewrite comes right after the sample that it rewrites."""
+    """All candidates of one prompt: ready for scoring. A rewrite comes right after the sample that it rewrites; what teachers wrote
+    comes last."""
 
     version: Literal[1] = 1
     queued: PromptQueued

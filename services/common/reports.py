@@ -30,16 +30,22 @@ class GroundTruth(_Record):
     accepted: float
 
 
-class Report(_Record):
-    job: str
-    policy: str
-    objectives: list[str]
+class RoundReport(_Record):
     round: int
     sampling_set: str
     reward_set: str
     funnel: Funnel
     ground_truth: dict[str, GroundTruth] = Field(description="for the objectives that have a ground-truth function")
+    training: dict[str, TrainMetrics] = Field(description="by objective; empty if nothing was trained")
+    policy_set: str | None = Field(description="what the round published")
+
+
+class Report(_Record):
+    job: str
+    policy: str
+    objectives: list[str]
     alignment: dict[str, TrainMetrics] = Field(description="by objective; empty if the job started from policies")
-    training: dict[str, TrainMetrics] = Field(description="by objective; empty if the job stopped after the pairs")
-    policy_set: str | None = Field(description="the outcome, if one was published")
+    rounds: list[RoundReport]
+    policy_set: str | None = Field(description="the outcome: the newest set that the job has published")
     activated: bool
+    reason: str | None = Field(description="why there are no more rounds, if fewer came to an end than the job asked for")

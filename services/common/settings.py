@@ -6,11 +6,13 @@ names in capitals after SIPO_: `data_dir` is SIPO_DATA_DIR. Variables that a ser
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from sipo.preferences import ObjectiveName
@@ -19,6 +21,22 @@ PREFIX = "SIPO_"
 
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+def _fits_a_header(key: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[!-~]+", key.get_secret_value()):
+        raise ValueError("a key is printable ASCII without spaces")
+    return key
+
+
+class Teacher(BaseModel):
+    """An OpenAI-compatible endpoint whose answers may be candidates beside the policies' own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: HttpUrl = Field(description="as OpenAI's clients know it: what comes before /chat/completions")
+    model: str = Field(min_length=1)
+    api_key: Annotated[SecretStr, AfterValidator(_fits_a_header)] | None = None
 
 
 class CommonSettings(BaseSettings):
@@ -36,6 +54,11 @@ class CommonSettings(BaseSettings):
         description="external reward models that a job's filter may name, as JSON: "
         '{"safety": "hf:FOLDER_OR_HUB_NAME", "quality": "http://HOST/score", "brevity": "python:ENTRY_POINT"}',
     )
+    teachers: dict[ObjectiveName, Teacher] = Field(
+        default={},
+        description="endpoints that a job may ask for candidates as well, as JSON: "
+        '{"big": {"url": "https://HOST/v1", "model": "NAME", "api_key": "KEY"}}',
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
@@ -52,7 +75,10 @@ def load(settings: type[S]) -> S:
         raise SystemExit(2) from None
     except ValidationError as error:
         first = error.errors()[0]
-        variable = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
-        given = "" if first["type"] == "missing" else f"={first['input']!r}"
-        print(f"{variable}{given} is not usable: {first['msg']}.", file=sys.stderr)
+        field, *inside = map(str, first["loc"])
+        variable = PREFIX + field.upper()
+        # Only what is a whole variable is shown: inside JSON there may be keys.
+        given = f"={first['input']!r}" if first["input"] == os.environ.get(variable) else ""
+        where = "".join(f"{part}: " for part in inside)
+        print(f"{variable}{given} is not usable: {where}{first['msg']}.", file=sys.stderr)
         raise SystemExit(2) from None

@@ -131,6 +131,8 @@ class Scorer:
         context = self.passes.model.context
 
         def refuse(candidate: Candidate) -> Rejection | None:
+            if not candidate.token_ids and candidate.finish_reason != "stop":
+                return Rejection("truncated", "made elsewhere, so its tokens are not known to the last")
             try:
                 tokens = prompt + len(_given(candidate).ids(prompt_format, self.tokenizer))
             except InvalidRequest as error:

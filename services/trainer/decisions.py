@@ -52,7 +52,7 @@ class DecisionLog:
             file.flush()
             os.fsync(file.fileno())
         if created:
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         self.outcomes = outcomes
 
     def read(self, round_: int | None = None) -> list[PromptDecided]:
@@ -87,7 +87,8 @@ def _cut_torn_line(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """After it, files that were made or renamed in the folder are there even if the machine stops."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -83,6 +83,11 @@ class Lifecycle:
             async with self._training:
                 aligned = await self.stages.align(job, self._teller(job))
             job = await self._advance(job, JobState.GENERATING, sampling_set=aligned.id, reward_set=aligned.id, progress={})
+        while not job.state.ended:
+            job = await self._round(job)
+
+    async def _round(self, job: Job) -> Job:
+        """A round, from whatever state it is in: after it the job is generating for the next one, or has ended."""
         if job.state == JobState.GENERATING:
             job = await self._until_decided(job)
         if job.state == JobState.TRAINING:
@@ -94,8 +99,39 @@ class Lifecycle:
             job = await self._advance(job, JobState.PUBLISHING)
         if job.state == JobState.PUBLISHING:
             published = await asyncio.to_thread(self.stages.publish, job)
-            await asyncio.to_thread(self.stages.report, job, await self._decisions(job), published)
-            await self._advance(job, JobState.COMPLETED, policy_set=published.id, artifacts=ARTIFACTS)
+            job = await self._next(job, published.id)
+        return job
+
+    async def _next(self, job: Job, published: str) -> Job:
+        """From publishing to the next round, or to the end if that was the last one or has left nothing to do."""
+        spec, decisions = job.spec, await self._decisions(job)
+        if job.round == spec.rounds:
+            return await self._complete(job, decisions, published)
+        if spec.round_prompts == "unresolved" and all(decision.outcome == "accepted" for decision in decisions):
+            reason = f"round {job.round} of {spec.rounds} left no prompt without an accepted response"
+            return await self._complete(job, decisions, published, reason)
+        await asyncio.to_thread(self.stages.report, job, decisions)
+        return await self._advance(
+            job,
+            JobState.GENERATING,
+            round=job.round + 1,
+            total=None,
+            sampling_set=published,
+            reward_set=published if spec.reward_set == "latest" else job.reward_set,
+            policy_set=published,
+            progress={},
+            artifacts=ARTIFACTS,
+        )
+
+    async def _complete(
+        self, job: Job, decisions: Sequence[PromptDecided], policy_set: str | None, reason: str | None = None
+    ) -> Job:
+        """The end, at which the newest set becomes current if the job says so; `reason`: why it comes before the last round."""
+        activated = policy_set if job.spec.activate else None
+        if activated is not None:
+            await asyncio.to_thread(self.stages.store.activate, activated)
+        await asyncio.to_thread(self.stages.report, job, decisions, activated=activated is not None, reason=reason)
+        return await self._advance(job, JobState.COMPLETED, policy_set=policy_set, reason=reason, artifacts=ARTIFACTS)
 
     async def _start(self, job: Job) -> Job:
         sets = await asyncio.to_thread(self.stages.starting_sets, job)
@@ -116,10 +152,14 @@ class Lifecycle:
                 break
             await asyncio.sleep(POLL)
         decisions = await self._decisions(job)
-        await asyncio.to_thread(self.stages.report, job, decisions)
         if job.spec.stop_after == "pairs" and any(decision.outcome == "accepted" for decision in decisions):
-            return await self._advance(job, JobState.COMPLETED, artifacts=ARTIFACTS)
-        if reason := why_not_trainable(decisions, self.stages.objectives(job)):
+            return await self._complete(job, decisions, None)
+        reason = why_not_trainable(decisions, self.stages.objectives(job))
+        if reason and job.round > 1:  # what the rounds before published is worth keeping
+            reason = f"round {job.round} of {job.spec.rounds} gave nothing to train on: {reason}"
+            return await self._complete(job, decisions, job.policy_set, reason)
+        await asyncio.to_thread(self.stages.report, job, decisions, reason=reason)
+        if reason:
             return await self._advance(job, JobState.FAILED, error=reason, artifacts=ARTIFACTS)
         return await self._advance(job, JobState.TRAINING)
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from services.common.job_store import Job
 from services.common.messages import PromptDecided
-from services.common.reports import Funnel, GroundTruth, Report
+from services.common.reports import Funnel, GroundTruth, Report, RoundReport
 from services.trainer.child import run_child
+from services.trainer.decisions import sync_folder
 from sipo.errors import Conflict
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.models import write_atomically
@@ -55,19 +56,16 @@ class Stages:
     jobs_dir: Path
 
     def starting_sets(self, job: Job) -> tuple[PolicySet, PolicySet] | None:
-        """(sampling set, reward set) for a job that starts from policies; None if it has to align them first.
-
-        The rewards stay those of the first alignment: later policies have seen their own samples.
-        """
+        """(sampling set, reward set) for a job that starts from policies; None if it has to align them first."""
         aligned = self.published(job, 0)
         if aligned is None and job.spec.policy not in self.store.names():
             return None
-        sampling = aligned or self.store.get(job.spec.policy)
+        sampling = aligned or self.store.get(job.spec.sampling_set or job.spec.policy)
         sampling.check_base(self.base.ref.sha256)
         if set(job.spec.objectives or sampling.objectives) != set(sampling.objectives):
             raise Conflict(f"{sampling.id} has policies for {', '.join(sampling.objectives)}, the job is for other objectives")
         reward = sampling
-        while reward.manifest.round > 0 and reward.manifest.parent is not None:
+        while job.spec.reward_set == "first" and reward.manifest.round > 0 and reward.manifest.parent is not None:
             reward = self.store.get(reward.manifest.parent)
         return sampling, reward
 
@@ -89,7 +87,7 @@ class Stages:
         return self._publish(job, 0, objectives, settings, metrics=metrics, parent=None)
 
     async def train(self, job: Job, decisions: Iterable[PromptDecided], tell: Callable[[Progress], Awaitable[None]]) -> None:
-        """Eq. 8 for each objective, from the job's own policies, on the pairs of the accepted responses."""
+        """Eq. 8 for each objective, from the policies that the round started from, on the pairs of the responses it accepted."""
         assert job.sampling_set is not None
         start = self.store.get(job.sampling_set)
         decisions = list(decisions)
@@ -103,30 +101,40 @@ class Stages:
         assert job.sampling_set is not None
         parent = self.store.get(job.sampling_set)
         objectives, metrics = parent.objectives, self.metrics(job, job.round, parent.objectives)
-        published = self.published(job, job.round) or self._publish(
+        return self.published(job, job.round) or self._publish(
             job, job.round, objectives, job.spec.training, metrics=metrics, parent=parent
         )
-        return self.store.activate(published.id) if job.spec.activate else published
 
-    def report(self, job: Job, decisions: Sequence[PromptDecided], policy_set: PolicySet | None = None) -> Report:
-        """What the round came to so far, also as a file."""
+    def report(self, job: Job, decisions: Sequence[PromptDecided], *, activated: bool = False, reason: str | None = None) -> Report:
+        """What the rounds came to so far, also as a file; `decisions` are those of the job's present round.
+
+        What it says of the rounds before is taken over from that file, which is on disk before a job goes on to its next round.
+        """
         assert job.sampling_set is not None and job.reward_set is not None
-        objectives = self.objectives(job)
-        report = Report(
-            job=job.id,
-            policy=job.spec.policy,
-            objectives=objectives,
+        objectives, path = self.objectives(job), self.folder(job) / REPORT
+        before = Report.model_validate_json(path.read_text()).rounds[: job.round - 1] if job.round > 1 else []
+        published = self.published(job, job.round)
+        this = RoundReport(
             round=job.round,
             sampling_set=job.sampling_set,
             reward_set=job.reward_set,
             funnel=funnel(decisions),
             ground_truth=ground_truth(objectives, decisions),
-            alignment=self.metrics(job, 0, objectives),
             training=self.metrics(job, job.round, objectives),
-            policy_set=policy_set and policy_set.id,
-            activated=policy_set is not None and job.spec.activate,
+            policy_set=published and published.id,
         )
-        write_atomically(self.folder(job) / REPORT, report.model_dump_json(indent=1))
+        report = Report(
+            job=job.id,
+            policy=job.spec.policy,
+            objectives=objectives,
+            alignment=self.metrics(job, 0, objectives),
+            rounds=[*before, this],
+            policy_set=this.policy_set or job.policy_set,
+            activated=activated,
+            reason=reason,
+        )
+        write_atomically(path, report.model_dump_json(indent=1))
+        sync_folder(path.parent)
         return report
 
     def objectives(self, job: Job) -> list[str]:

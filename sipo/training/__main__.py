@@ -16,19 +16,22 @@ def main() -> int:
         return 2
     # Libraries print to stdout as they like: the lines of JSON keep it, all else is sent to stderr.
     stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     os.dup2(2, 1)
     path = Path(sys.argv[1])
 
     def report(progress: Progress) -> None:
-        print(progress.model_dump_json(), file=stdout)
+        if first:
+            print(progress.model_dump_json(), file=stdout)
 
     try:
         run = read_run(path)
-        from sipo.training.dpo import train
+        from sipo.training.run import train
 
         train(run, path.parent, report)
     except SipoError as error:
-        print(Failure(error=error.message).model_dump_json(), file=stdout)
+        if first:
+            print(Failure(error=error.message).model_dump_json(), file=stdout)
         return 1
     return 0
 

@@ -30,6 +30,8 @@ class TrainingPair(TypedDict):
     rejected: str
     chosen_token_ids: NotRequired[list[int]]
     """The chosen response as it was sampled: its text may have another tokenisation."""
+    opposing_weight: NotRequired[float]
+    """1 − W of DPO LW: the weights of the objectives that prefer the rejected response."""
 
 
 class TokenPair(TypedDict):
@@ -38,6 +40,7 @@ class TokenPair(TypedDict):
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    opposing_weight: float
 
 
 def alignment_pairs(examples: Iterable[Example], objective: str) -> Iterator[TrainingPair]:
@@ -97,7 +100,12 @@ def tokenise(
         if chosen_ids == rejected_ids:
             counts["identical"] += 1
             continue
-        row = TokenPair(prompt_ids=prompt_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
+        row = TokenPair(
+            prompt_ids=prompt_ids,
+            chosen_ids=chosen_ids,
+            rejected_ids=rejected_ids,
+            opposing_weight=pair.get("opposing_weight", 0.0),
+        )
         by_prompt.setdefault(pair["prompt"], []).append(row)
         drawn += 1
 

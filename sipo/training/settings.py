@@ -1,7 +1,7 @@
 """What goes into a training run and what comes out: one run trains one objective's policy.
 
-A run's folder holds run.yaml (TrainRun), pairs.jsonl, and at its end adapter/ (a plain PEFT adapter) and, written last,
-metrics.json (TrainMetrics): a folder with metrics.json is finished.
+A run's folder holds run.yaml (TrainRun), pairs.jsonl, and at its end adapter/ (a plain PEFT adapter), records for people
+(sipo.training.records) and, written last, metrics.json (TrainMetrics): a folder with metrics.json is finished.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sipo.prompts import PromptFormat
 PAIRS = "pairs.jsonl"
 ADAPTER = "adapter"
 METRICS = "metrics.json"
+HISTORY, CURVE, CARD = "history.jsonl", "loss.png", "README.md"
 
 
 class _Record(BaseModel):
@@ -34,6 +35,18 @@ class TrainSettings(_Record):
     beta: float = Field(default=0.1, gt=0, description="beta of Eq. 2, 6 and 8")
     alpha: float = Field(default=0.1, ge=0, description="weight of the NLL term in Eq. 8; a first alignment (Eq. 2) has none")
     batch_size: int = Field(default=8, ge=1, description="pairs per optimizer step")
+    micro_batch_size: int = Field(
+        default=1, ge=1, description="pairs in one forward; halved when memory runs out, with the batch size kept"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory for a third more time")
+    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
+        default="reverse_kl", description="between policy and reference (f-DPO); DPO's own is reverse_kl"
+    )
+    divergence_alpha: float = Field(default=0.5, gt=0, lt=1, description="of alpha_divergence")
+    checkpoint_steps: int = Field(
+        default=25, ge=1, description="optimizer steps between checkpoints; a killed run goes on from the last"
+    )
+    tracker: Literal["none", "trackio", "wandb"] = Field(default="none", description="beside TensorBoard's files; installed by you")
     max_prompt_tokens: int = Field(default=256, ge=1, description="longer prompts are left out and counted")
     max_response_tokens: int = Field(default=256, ge=1, description="longer responses are cut at the end")
     lora_rank: int = Field(default=16, ge=1, description="for a first alignment; a SIPO round goes on with the adapters it has")
@@ -42,8 +55,15 @@ class TrainSettings(_Record):
     seed: int = 0
 
 
+class Margin(_Record):
+    """Another objective's frozen policy and its weight, for MODPO."""
+
+    adapter: Path
+    weight: float = Field(gt=0, lt=1)
+
+
 class TrainRun(_Record):
-    """One objective's run, as its run.yaml says it. The run's folder is where that file lies."""
+    """One policy's run, as its run.yaml says it. The run's folder is where that file lies."""
 
     objective: ObjectiveName
     base: Path = Field(description="folder of the base model")
@@ -53,6 +73,8 @@ class TrainRun(_Record):
         default=None, description="adapter to go on with, itself frozen as reference; None: a fresh LoRA, the base as reference"
     )
     settings: TrainSettings
+    weight: float = Field(default=1.0, gt=0, le=1, description="w_k of MODPO: beta is divided by it; 1 otherwise")
+    margins: list[Margin] = Field(default=[], description="of MODPO: the other objectives")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="of the base's weights (the LoRA's are float32); auto: bfloat16 where the hardware computes it"
     )
@@ -69,6 +91,7 @@ class Progress(_Record):
     loss: float | None = Field(default=None, description="of this step, in training; so are the next two")
     margin: float | None = Field(default=None, description="of implicit rewards against the run's reference")
     accuracy: float | None = None
+    note: str | None = Field(default=None, description="what changed in the run")
 
 
 class Failure(_Record):
@@ -96,7 +119,9 @@ class TrainMetrics(_Record):
     identical: int = Field(description="pairs left out, chosen and rejected being the same")
     responses_cut: int
     steps: int
-    seconds: float
+    best_step: int = Field(description="whose adapter was kept: the least loss on held-out pairs at an epoch's end, or the last")
+    micro_batch_size: int
+    seconds: float = Field(description="of the process that ended the run")
     dtype: str
     before: Measure
     after: Measure

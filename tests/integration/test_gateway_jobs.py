@@ -19,6 +19,7 @@ from services.common.job_store import Job, JobStore
 from services.common.jobs import JobState
 from services.common.messages import Candidate, PromptDecided, PromptQueued, ScoredCandidate
 from services.common.queue import PROMPTS, Queue
+from services.common.settings import Teacher
 from services.common.tasks import end_tasks
 from sipo.preferences import Example
 from sipo.selection import Chosen, Filter
@@ -29,6 +30,7 @@ AGREEING = {"response_0": "a", "response_1": "b", "labels": {"concise": 1, "warm
 
 
 REWARD_MODELS = {"kind": "python:warm", "warm": "python:warm"}
+TEACHERS = {name: Teacher(url="https://host/v1", model="m", api_key="sk-secret") for name in ("big", "bold")}
 
 
 def rows(conflicting: int, agreeing: int = 0) -> list[dict[str, Any]]:
@@ -41,7 +43,7 @@ async def gateway(tmp_path: Path, redis: Redis) -> AsyncIterator[httpx.AsyncClie
     """The gateway without its lifespan: tests feed by hand. "demo" has policies for concise and warm."""
     write_policy_set(tmp_path / "policies", "demo:1", ["concise", "warm"], current=True)
     decoder = httpx.AsyncClient(transport=httpx.ASGITransport(FakeDecoder().app), base_url="http://decoder")
-    app = create_app(GatewaySettings(data_dir=tmp_path, reward_models=REWARD_MODELS), decoder, redis)
+    app = create_app(GatewaySettings(data_dir=tmp_path, reward_models=REWARD_MODELS, teachers=TEACHERS), decoder, redis)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
         yield client
 
@@ -98,7 +100,15 @@ async def test_an_uploaded_file_and_inline_examples_make_the_same_job(gateway: h
         ),
         (rows(2), {"filter": {"reward_models": ["warm"]}}, 400, "'warm' is called like an objective"),
         (rows(2), {"filter": {"implicit": False}}, 400, "nothing decides: name reward_models"),
+        (rows(2), {"teachers": {"gpt-9.1": 1}}, 400, "no teacher 'gpt-9.1': SIPO_TEACHERS of this system names big, bold"),
+        (rows(2), {"teachers": {"big": 17}}, 400, "less than or equal to 16"),
         (rows(2), {"policy": "No Name"}, 400, "spec.policy"),
+        (rows(2), {"sampling_set": "demo:9"}, 400, "'demo:9' is no set of policy 'demo': its sets are demo:1"),
+        (rows(2), {"sampling_set": "demo"}, 400, "'demo' is no set of policy 'demo': its sets are demo:1"),
+        (rows(2), {"policy": "new", "sampling_set": "demo:1"}, 400, "'demo:1' is no set of policy 'new': its sets are none yet"),
+        (rows(2), {"sampling_set": "demo:1", "objectives": ["warm", "polite"]}, 400, "demo:1 has policies for concise, warm"),
+        (rows(2), {"rounds": 17}, 400, "less than or equal to 16"),
+        (rows(2), {"rounds": 2, "stop_after": "pairs"}, 400, "publishes no policies for a second round"),
     ],
 )
 async def test_a_job_that_cannot_work_is_refused_and_leaves_nothing(
@@ -109,6 +119,15 @@ async def test_a_job_that_cannot_work_is_refused_and_leaves_nothing(
     assert words in reply.json()["error"]["message"]
     assert (await gateway.get("/v1/jobs")).json()["data"] == []
     assert not list((tmp_path / "jobs").glob("*"))
+
+
+async def test_a_policy_without_a_current_set_may_be_started_from_a_version(gateway: httpx.AsyncClient, tmp_path: Path) -> None:
+    write_policy_set(tmp_path / "policies", "draft:1", ["concise", "warm"])
+    refused = await submit(gateway, rows(2), policy="draft")
+    assert refused.status_code == 409 and "name one as `sampling_set`" in refused.json()["error"]["message"]
+    taken = await submit(gateway, rows(2), policy="draft", sampling_set="draft:1", rounds=2)
+    assert taken.status_code == 201, taken.text
+    assert (taken.json()["round"], taken.json()["spec"]["rounds"]) == (1, 2)
 
 
 async def test_a_form_needs_spec_and_file(gateway: httpx.AsyncClient) -> None:
@@ -158,16 +177,19 @@ async def test_pairs_and_candidates_are_those_decided_so_far(gateway: httpx.Asyn
         candidates=[ScoredCandidate(candidate=candidate, rewards={"concise": 1.0}, rejected=None)],
     )
     none = PromptDecided(job=job, round=1, prompt="1", outcome="none", example=examples[1])
-    lines = [decision.model_dump_json() for decision in (accepted, none)]
+    later = accepted.model_copy(update={"round": 2, "prompt": "1", "example": examples[1]})
+    lines = [decision.model_dump_json() for decision in (accepted, none, later)]
     half_written = lines[0][:40]
     (tmp_path / "jobs" / job / "decisions.jsonl").write_text("\n".join([*lines, half_written]))
 
     candidates = (await gateway.get(f"/v1/jobs/{job}/candidates")).text.splitlines()
-    assert [PromptDecided.model_validate_json(line) for line in candidates] == [accepted, none]
+    assert [PromptDecided.model_validate_json(line) for line in candidates] == [accepted, none, later]
     pairs = [json.loads(line) for line in (await gateway.get(f"/v1/jobs/{job}/pairs")).text.splitlines()]
     assert pairs == [
-        {"prompt": "Question 0?", "chosen": "Both.", "rejected": "Short."},
-        {"prompt": "Question 0?", "chosen": "Both.", "rejected": "Warm, long."},
+        {"prompt": "Question 0?", "chosen": "Both.", "rejected": "Short.", "round": 1},
+        {"prompt": "Question 0?", "chosen": "Both.", "rejected": "Warm, long.", "round": 1},
+        {"prompt": "Question 1?", "chosen": "Both.", "rejected": "Short.", "round": 2},
+        {"prompt": "Question 1?", "chosen": "Both.", "rejected": "Warm, long.", "round": 2},
     ]
 
 
@@ -184,13 +206,14 @@ async def test_the_feeder_queues_the_chosen_rows_with_the_jobs_plan(
     store = JobStore(redis)
     examples = [*rows(1, 2), {"prompt": "Last?", **CONFLICTING}]
     by = {"margin": 0.1, "reward_models": ["kind"]}
-    job = await generating(gateway, store, examples, seed=7, review_weights={"concise": 1, "warm": 0}, filter=by)
+    weights, teachers = {"concise": 1, "warm": 0}, {"big": 2}
+    job = await generating(gateway, store, examples, seed=7, review_weights=weights, filter=by, teachers=teachers)
     await Feeder(Queue(redis), store, tmp_path / "jobs").top_up()
     messages = await queued(redis)
     assert [(m.id, m.example.prompt) for m in messages] == [(f"{job.id}/1/0", "Question 0?"), (f"{job.id}/1/3", "Last?")]
     plan = messages[0].plan
     assert (plan.sampling_set, plan.reward_set, plan.seed, len(plan.weights)) == ("demo:1", "demo:1", 7, 4)
-    assert plan.review_weights == {"concise": 1, "warm": 0}
+    assert (plan.review_weights, plan.teachers) == (weights, teachers)
     assert plan.filter == Filter(margin=0.1, reward_models=["kind"])
     fed = await store.get(job.id)
     assert (fed.total, fed.counts.queued) == (2, 2)

@@ -65,6 +65,17 @@ async def test_only_one_of_many_advances_a_job(jobs: JobStore) -> None:
     assert (await jobs.get(job.id)).sampling_set == winner.sampling_set
 
 
+async def test_what_is_true_of_one_round_is_not_set_in_another(jobs: JobStore) -> None:
+    """A feeder that was slow to read round 1 must not say how many prompts round 2 has."""
+    job = await jobs.create(SPEC)
+    assert (await jobs.update(job.id, of_round=1, total=3)).total == 3
+    await jobs.advance(job.id, JobState.QUEUED, JobState.GENERATING, round=2, total=None)
+    with pytest.raises(Conflict, match="not in round 1"):
+        await jobs.update(job.id, of_round=1, total=3)
+    assert (await jobs.get(job.id)).total is None
+    assert (await jobs.update(job.id, of_round=2, total=1)).total == 1
+
+
 @pytest.mark.parametrize(
     ("from_state", "to_state"),
     [("queued", "training"), ("generating", "queued"), ("completed", "generating"), ("cancelled", "failed")],

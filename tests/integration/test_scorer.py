@@ -300,12 +300,21 @@ async def test_candidates_that_cannot_be_scored_are_rejected_and_the_others_deci
     start: Start, redis: Redis, policies: PolicySet, tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     good = candidate("new", tiny_tokenizer)
-    elsewhere = Candidate(text="from elsewhere", token_ids=[], finish_reason="stop", weights=SOUPS[0], stage="sample")
-    await Queue(redis).put(CANDIDATES, sampled(0, [candidate("much too long " * 20, tiny_tokenizer), good, elsewhere]))
+    elsewhere, filtered, silent, cut = (
+        Candidate(text=text, token_ids=[], finish_reason=reason, weights=None, stage="distilled", teacher="big")
+        for text, reason in (("from elsewhere", "stop"), ("", "content_filter"), ("", "stop"), ("from els", "length"))
+    )
+    made = [candidate("much too long " * 20, tiny_tokenizer), good, elsewhere, filtered, silent, cut]
+    await Queue(redis).put(CANDIDATES, sampled(0, made, by=Filter(keep_truncated=True)))
     async with start():
         [decision] = await decisions(redis, 1)
     assert decision.candidates[0].rejected == "too_long: 297 tokens with its prompt, at most 256"
-    assert [one.rewards is None for one in decision.candidates] == [True, False, False]
+    assert [one.rewards is None for one in decision.candidates] == [True, False, False, True, True, True]
+    assert [one.rejected for one in decision.candidates[3:]] == [
+        "empty",
+        "empty",
+        "truncated: made elsewhere, so its tokens are not known to the last",
+    ]
     prompt = policies.manifest.prompt_format.prompt_ids("What is 0?", tiny_tokenizer)
     ids = [*tiny_tokenizer("from elsewhere")["input_ids"], END]
     [wanted] = rewards_one_by_one(tiny_base, policies, prompt, [ids], SOUPS)

@@ -1,11 +1,10 @@
-"""Jobs through the trainer on a real queue server. Training is a quick stand-in here, but for the one test that says so."""
+"""Jobs through the trainer on a real queue server. Training is a quick stand-in here, but for the tests that say so."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,154 +12,17 @@ import pytest
 import torch
 from redis.asyncio import Redis
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
 
-from services.common.job_store import Job, JobStore
-from services.common.jobs import JobSpec, JobState
-from services.common.messages import Candidate, PromptDecided, ScoredCandidate
-from services.common.queue import DECISIONS, Consumer, Queue
+from services.common.job_store import JobStore
+from services.common.jobs import JobState
+from services.common.messages import PromptDecided
+from services.common.queue import DECISIONS, Queue
 from services.common.queue.keys import job_key
-from services.common.reports import Report
-from services.common.tasks import end_tasks
 from services.trainer import rounds
-from services.trainer.lifecycle import Lifecycle
-from services.trainer.rounds import Base, Stages
+from services.trainer.rounds import Stages
 from sipo.errors import TrainingFailed
-from sipo.policies import BaseModelRef, Draft, PolicyStore
-from sipo.preferences import Example, uniform_weights
-from sipo.prompts import PromptFormat
-from sipo.selection import Chosen
-from sipo.training.settings import Measure, Progress, TrainMetrics, TrainSettings, read_run
-
-Tell = Callable[[Progress], Awaitable[None]]
-
-OBJECTIVES = ["concise", "warm"]
-QUICK = TrainSettings(lora_rank=4, lora_alpha=8, batch_size=2)
-PROMPTS = 3
-
-
-def example(row: int) -> Example:
-    return Example(prompt=f"q{row}", response_0=f"a{row}", response_1=f"b{row}", labels={"concise": 0, "warm": 1})
-
-
-def decision(job: str, row: int, *, accepted: bool = True, objective: str | None = None) -> PromptDecided:
-    candidate = Candidate(
-        text=f"best {row}", token_ids=[5, 6, row, 0], finish_reason="stop", weights=uniform_weights(OBJECTIVES), stage="sample"
-    )
-    rejected = None if accepted else "worse_than_original: warm -0.1 against response_0"
-    return PromptDecided(
-        job=job,
-        round=1,
-        prompt=str(row),
-        outcome="accepted" if accepted else "none",
-        example=example(row),
-        chosen=[Chosen(candidate=0, objective=objective)] if accepted else [],
-        candidates=[ScoredCandidate(candidate=candidate, rewards=None, rejected=rejected)],
-    )
-
-
-@pytest.fixture
-def adapter(tiny_base: Path, tmp_path: Path) -> Path:
-    """A PEFT adapter for the tiny base, with random values."""
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    halves = {"A": (4, 32), "B": (32, 4)}
-    weights = {
-        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{half}.weight": torch.randn(shape) / 8
-        for layer in range(2)
-        for half, shape in halves.items()
-    }
-    save_file(weights, folder / "adapter_model.safetensors")
-    return folder
-
-
-@pytest.fixture
-def stages(tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast, data_dir: Path) -> Stages:
-    base = Base(tiny_base, BaseModelRef(name="tiny", sha256="0" * 64), PromptFormat.of(tiny_tokenizer))
-    return Stages(base, PolicyStore(data_dir / "policies"), data_dir / "jobs")
-
-
-@pytest.fixture
-def runs(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces the training process by one that copies an adapter; lists the runs, as "round-0/warm"."""
-    made: list[str] = []
-
-    async def run_child(path: Path, tell: Tell) -> TrainMetrics:
-        run = read_run(path)
-        made.append(f"{path.parent.parent.name}/{path.parent.name}")
-        await tell(Progress(objective=run.objective, stage="training", step=1, of=1, seconds_left=0, loss=0.5))
-        await asyncio.to_thread(_copy, adapter, path.parent / "adapter")
-        measure = Measure(loss=0.5, margin=0, accuracy=1)
-        metrics = TrainMetrics(
-            objective=run.objective,
-            pairs=1,
-            validation_pairs=1,
-            held_out=False,
-            prompts_too_long=0,
-            identical=0,
-            responses_cut=0,
-            steps=1,
-            seconds=0,
-            dtype="float32",
-            before=measure,
-            after=measure,
-        )
-        (path.parent / "metrics.json").write_text(metrics.model_dump_json())
-        return metrics
-
-    monkeypatch.setattr(rounds, "run_child", run_child)
-    return made
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-
-
-def policies(stages: Stages, adapter: Path, **fields: Any) -> str:
-    """A current set "demo:1"."""
-    draft = Draft(
-        name="demo", base=stages.base.ref, prompt_format=stages.base.prompt_format, objectives=OBJECTIVES, beta=0.1, **fields
-    )
-    return stages.store.publish(draft, dict.fromkeys(OBJECTIVES, adapter), stages.base.folder, activate=True).id
-
-
-async def submit(redis: Redis, stages: Stages, **spec: Any) -> Job:
-    settled = JobSpec(policy="demo", objectives=OBJECTIVES, alignment=QUICK, training=QUICK, **spec)
-    job = await JobStore(redis).create(settled, total=PROMPTS)
-    folder = stages.folder(job)
-    await asyncio.to_thread(folder.mkdir, parents=True)
-    (folder / "input.jsonl").write_text("".join(example(row).model_dump_json() + "\n" for row in range(PROMPTS)))
-    return job
-
-
-async def decide(redis: Redis, job: Job, *, accepted: bool = True) -> None:
-    for row in range(PROMPTS):
-        await Queue(redis).put(DECISIONS, decision(job.id, row, accepted=accepted))
-
-
-@asynccontextmanager
-async def trainer(redis: Redis, stages: Stages) -> AsyncIterator[None]:
-    jobs = JobStore(redis)
-    async with jobs.lease("trainer", 60) as lease:
-        lifecycle = Lifecycle(stages, jobs, lease)
-        async with Consumer(redis, DECISIONS, model=PromptDecided, batch=8).running(lifecycle.keep):
-            task = asyncio.create_task(lifecycle.run())
-            try:
-                yield
-            finally:
-                await end_tasks(task)
-
-
-async def until(redis: Redis, job: Job, *states: JobState, seconds: float = 30) -> Job:
-    async with asyncio.timeout(seconds):
-        while (found := await JobStore(redis).get(job.id)).state not in states:
-            assert not found.state.ended, found.error
-            await asyncio.sleep(0.05)
-    return found
+from sipo.training.settings import TrainMetrics, read_run
+from tests.trainer import OBJECTIVES, Tell, decide, decision, policies, report_of, submit, trainer, until
 
 
 async def test_a_job_without_policies_aligns_samples_trains_and_publishes(redis: Redis, stages: Stages, runs: list[str]) -> None:
@@ -176,9 +38,11 @@ async def test_a_job_without_policies_aligns_samples_trains_and_publishes(redis:
     manifest = stages.store.get("demo:2").manifest
     assert (manifest.round, manifest.parent, manifest.settings["job"]) == (1, "demo:1", job.id)
     assert done.counts.model_dump() == {"queued": 0, "sampled": 0, "decided": 3, "accepted": 3, "none": 0, "failed": 0}
-    report = Report.model_validate_json((stages.folder(job) / "report.json").read_text())
-    assert (report.policy_set, report.activated, report.funnel.accepted, report.funnel.pairs) == ("demo:2", True, 3, 6)
-    assert report.alignment.keys() == report.training.keys() == set(OBJECTIVES)
+    report = report_of(stages, job)
+    [only] = report.rounds
+    assert (report.policy_set, report.activated, report.reason) == (only.policy_set, True, None) == ("demo:2", True, None)
+    assert (only.sampling_set, only.reward_set, only.funnel.accepted, only.funnel.pairs) == ("demo:1", "demo:1", 3, 6)
+    assert report.alignment.keys() == only.training.keys() == set(OBJECTIVES)
 
 
 async def test_a_round_trains_every_policy_on_the_same_pairs_from_its_own_adapter(
@@ -217,7 +81,7 @@ async def test_a_job_may_stop_after_its_pairs(redis: Redis, stages: Stages, runs
         await decide(redis, job)
         done = await until(redis, job, JobState.COMPLETED)
     assert runs == [] and done.policy_set is None
-    assert Report.model_validate_json((stages.folder(job) / "report.json").read_text()).funnel.pairs == 6
+    assert report_of(stages, job).rounds[0].funnel.pairs == 6
 
 
 async def test_a_job_without_an_accepted_response_fails_with_the_filters_figures(
@@ -271,7 +135,7 @@ async def test_a_prompt_that_is_decided_after_its_round_has_closed_changes_nothi
             await Queue(redis).put(DECISIONS, one)
         done = await until(redis, job, JobState.COMPLETED)
     assert (done.counts.accepted, done.counts.failed) == (2, 1)
-    assert Report.model_validate_json((stages.folder(job) / "report.json").read_text()).funnel.pairs == 4
+    assert report_of(stages, job).rounds[0].funnel.pairs == 4
 
 
 async def test_a_training_that_fails_ends_the_job_and_leaves_the_policies(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from gateway.cli.demo_input import MAX_PROMPT_TOKENS, own_input
 from gateway.cli.demo_results import show_report
-from services.common.reports import Funnel, GroundTruth, Report
+from services.common.reports import Funnel, GroundTruth, Report, RoundReport
 from services.common.settings import CommonSettings
 from sipo.errors import InvalidData, InvalidRequest
 from sipo.policies import PolicyStore
@@ -82,24 +82,31 @@ def test_the_report_is_printed_with_every_figure(capsys: pytest.CaptureFixture[s
         identical=0,
         responses_cut=5,
         steps=4,
+        best_step=4,
+        micro_batch_size=1,
         seconds=12.3,
         dtype="float32",
         before=Measure(loss=0.693, margin=0, accuracy=0.5),
         after=Measure(loss=0.512, margin=0.4, accuracy=0.9),
     )
-    report = Report(
-        job="job-1",
-        policy="demo",
-        objectives=["a", "b"],
+    first = RoundReport(
         round=1,
         sampling_set="demo:1",
         reward_set="demo:1",
         funnel=Funnel(prompts=16, failed=1, candidates=120, rejected={"worse_than_original": 90}, accepted=5, pairs=10),
         ground_truth={"a": GroundTruth(response_0=0.11, response_1=0.22, accepted=0.77)},
-        alignment={},
         training={"a": metrics},
         policy_set="demo:2",
+    )
+    report = Report(
+        job="job-1",
+        policy="demo",
+        objectives=["a", "b"],
+        alignment={},
+        rounds=[first],
+        policy_set="demo:2",
         activated=True,
+        reason=None,
     )
     show_report(report)
     printed = capsys.readouterr().out
@@ -107,5 +114,13 @@ def test_the_report_is_printed_with_every_figure(capsys: pytest.CaptureFixture[s
     for figure in (*words, "0.110", "0.220", "0.770", "0.693", "0.512"):
         assert figure in printed
     assert "cut 5 responses" in printed
-    assert "demo:2 activated, made from demo:1" in printed
-    assert "first alignment" not in printed
+    assert "demo:2 published, made from demo:1" in printed
+    assert "demo:2 activated" in printed
+    assert "first alignment" not in printed and "round 1" not in printed
+
+    none = Funnel(prompts=11, failed=0, candidates=80, rejected={}, accepted=0, pairs=0)
+    second = first.model_copy(update={"round": 2, "sampling_set": "demo:2", "funnel": none, "training": {}, "policy_set": None})
+    show_report(report.model_copy(update={"rounds": [first, second], "reason": "round 2 gave nothing"}))
+    printed = capsys.readouterr().out
+    assert "round 1: candidates made: 120 for 16" in printed and "round 2: candidates made: 80 for 11" in printed
+    assert "round 2 gave nothing" in printed

@@ -34,3 +34,20 @@ def test_each_stage_is_told_once_with_its_numbers_until_the_job_has_ended(capsys
     assert "of 16 prompts 9 have candidates, 7 are decided: 4 accepted, 2 without a better answer, 1 failed" in lines[1]
     assert "warm: reference has scored 80 of 160 pairs, 60 s left" in lines[2]
     assert "warm: step 3 of 20, loss 0.5100, 40 s left" in lines[3]
+
+
+def test_of_several_rounds_each_is_told_by_its_number(capsys: pytest.CaptureFixture[str]) -> None:
+    three = QUEUED.model_copy(update={"spec": JobSpec(policy="demo", rounds=3)})
+    generating = three.model_copy(update={"state": JobState.GENERATING, "total": 16})
+    jobs = [
+        three,
+        generating,
+        generating.model_copy(update={"round": 2}),
+        three.model_copy(update={"state": JobState.PUBLISHING, "round": 2}),
+        three.model_copy(update={"state": JobState.COMPLETED, "round": 3}),
+    ]
+    coming = iter(jobs)
+    watch_job(lambda: next(coming), every=0)
+    lines = [line.split(" s  ", 1)[1].partition(" of 16 prompts")[0] for line in capsys.readouterr().out.splitlines()]
+    words = ["queued", "generating  round 1 of 3:", "generating  round 2 of 3:", "publishing  round 2 of 3", "completed"]
+    assert lines == words

@@ -30,6 +30,8 @@ def test_variables_are_field_names_after_the_prefix(monkeypatch: pytest.MonkeyPa
         ("SIPO_REDIS_URL", "localhost:6379", "SIPO_REDIS_URL='localhost:6379'"),
         ("SIPO_REWARD_MODELS", "safety", "SIPO_REWARD_MODELS is not usable: it must be JSON"),
         ("SIPO_REWARD_MODELS", '{"s": 1}', "a valid string"),
+        ("SIPO_TEACHERS", '{"big": {"url": "https://host/v1"}}', "SIPO_TEACHERS is not usable: big: model: Field required"),
+        ("SIPO_TEACHERS", '{"big": {"url": "host/v1", "model": "m"}}', "big: url: Input should be a valid URL"),
     ],
 )
 def test_a_bad_value_stops_the_service_with_one_sentence_that_names_it(
@@ -43,6 +45,34 @@ def test_a_bad_value_stops_the_service_with_one_sentence_that_names_it(
     assert variable in said
     assert says in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ('{"big": {"url": "https://host/v1", "model": "m", "key": "sk-secret"}}', "big: key: Extra inputs"),
+        ('{"big": {"url": "https://host/v1", "model": "m", "api_key": "sk-secret\\n"}}', "big: api_key: Value error, a key is"),
+        ('{"big": {"url": "https://host/v1", "model": "m", "api_key": ["sk-secret"]}}', "big: api_key: Input should be"),
+        ('["sk-secret"]', "a valid dictionary"),
+        ('"sk-secret"', "a valid dictionary"),
+        ("sk-secret", "it must be JSON"),
+    ],
+)
+def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str, says: str) -> None:
+    monkeypatch.setenv("SIPO_TEACHERS", value)
+    with pytest.raises(SystemExit):
+        load(CommonSettings)
+    said = capsys.readouterr().err
+    assert says in said
+    assert "secret" not in said
+
+
+def test_a_teachers_key_is_in_no_picture_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIPO_TEACHERS", '{"big": {"url": "https://host/v1", "model": "m", "api_key": "sk-secret"}}')
+    settings = load(CommonSettings)
+    key = settings.teachers["big"].api_key
+    assert key is not None and key.get_secret_value() == "sk-secret"
+    assert "secret" not in f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()}"
 
 
 def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

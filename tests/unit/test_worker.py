@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
-from gateway.worker import Chain, Generator, as_failed, together
+from gateway.worker import Generator, as_failed, seed_of, together
 from services.common.clients import DecoderClient, ReviewerClient
 from services.common.messages import PromptQueued, SamplingPlan
 from services.common.queue import DECISIONS
-from sipo.errors import InvalidRequest
+from sipo.errors import InvalidRequest, NotFound
 from sipo.policies import PolicyStore
 from sipo.preferences import Example
-from tests.fakes import write_policy_set
+from tests.fakes import WritingDecoder, write_policy_set
 
 PLAN = SamplingPlan(
     sampling_set="demo:1",
@@ -38,25 +38,27 @@ QUEUED = PromptQueued(
 )
 
 
-@pytest.fixture
-def chain(tmp_path: Path) -> Chain:
-    write_policy_set(tmp_path, "demo:1", ["a", "b"])
-    store = PolicyStore(tmp_path)
-    generator = Generator(DecoderClient("http://none"), ReviewerClient("http://none"), store)
-    return Chain(generator, QUEUED, store.get("demo:1"), PLAN.weights[0], "0/0")
-
-
-def test_seeds_differ_by_plan_round_prompt_place_and_stage_only(chain: Chain) -> None:
+def test_seeds_differ_by_plan_round_prompt_place_and_stage_only() -> None:
     others = [
         QUEUED.model_copy(update={"prompt": "1"}),
         QUEUED.model_copy(update={"round": 2}),
         QUEUED.model_copy(update={"plan": PLAN.model_copy(update={"seed": 4})}),
     ]
-    chains = [chain, replace(chain, place="0/1"), replace(chain, place="1/0"), *(replace(chain, queued=other) for other in others)]
-    seeds = {one.seed(stage) for one in chains for stage in ("sample", "review", "rewrite")}
+    chains = [(QUEUED, "0/0"), (QUEUED, "0/1"), (QUEUED, "1/0"), *((other, "0/0") for other in others)]
+    seeds = {seed_of(*chain, stage) for chain in chains for stage in ("sample", "review", "rewrite")}
     assert len(seeds) == 3 * len(chains)
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert replace(chain, queued=QUEUED.model_copy(update={"job": "job-2"})).seed("sample") == chain.seed("sample")
+    assert seed_of(QUEUED.model_copy(update={"job": "job-2"}), "0/0", "sample") == seed_of(QUEUED, "0/0", "sample")
+
+
+async def test_a_teacher_that_this_worker_does_not_know_is_named(tmp_path: Path) -> None:
+    """The gateway and its workers may have been started with different settings."""
+    write_policy_set(tmp_path, "demo:1", ["a", "b"])
+    decoder = DecoderClient("http://decoder", transport=httpx.ASGITransport(WritingDecoder().app))
+    generator = Generator(decoder, ReviewerClient("http://none"), PolicyStore(tmp_path), teachers={})
+    plan = PLAN.model_copy(update={"refine": False, "teachers": {"big": 1}})
+    with pytest.raises(NotFound, match="no teacher 'big': set SIPO_TEACHERS"):
+        await generator.generate(QUEUED.model_copy(update={"plan": plan}))
 
 
 async def test_the_first_error_ends_the_other_chains_and_is_raised_as_it_is() -> None:

@@ -1,0 +1,79 @@
+"""What stays of a run beside its adapter, for people: each step's figures, the loss curve as a picture, and a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sipo.training.settings import CARD, CURVE, HISTORY, PAIRS, TrainMetrics, TrainRun
+
+
+def write_records(folder: Path, run: TrainRun, metrics: TrainMetrics, history: Sequence[Mapping[str, Any]]) -> None:
+    """history.jsonl, loss.png and README.md in the run's folder. `history`: the trainer's log, a mapping a step or a validation."""
+    (folder / HISTORY).write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    draw_curve(folder / CURVE, run.objective, history)
+    (folder / CARD).write_text(card(run, metrics, hashlib.sha256((folder / PAIRS).read_bytes()).hexdigest()))
+
+
+def draw_curve(path: Path, title: str, history: Sequence[Mapping[str, Any]]) -> None:
+    """Loss and reward accuracy over steps, in training and on the validation pairs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    for axes, training, validation, name in (
+        (upper, "loss", "eval_loss", "loss"),
+        (lower, "rewards/accuracies", "eval_rewards/accuracies", "reward accuracy"),
+    ):
+        steps = [(entry["step"], entry[training]) for entry in history if training in entry]
+        checks = [(entry["step"], entry[validation]) for entry in history if validation in entry]
+        axes.plot(*zip(*steps, strict=True), color="tab:blue", linewidth=1, label="training, per step")
+        if checks:
+            axes.plot(*zip(*checks, strict=True), color="tab:orange", marker="o", label="validation")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    lower.set_ylim(-0.05, 1.05)
+    lower.set_xlabel("step")
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    upper.legend(frameon=False)
+    upper.set_title(title)
+    figure.savefig(path, dpi=120)
+
+
+def card(run: TrainRun, metrics: TrainMetrics, data_sha256: str) -> str:
+    """A Hugging Face model card: what the adapter is, what it was trained on and how, and how it went."""
+    begin = "a fresh LoRA" if run.start is None else "the policy of the round before, itself frozen as reference"
+    kept = f"{metrics.pairs} pairs" + (f", {metrics.validation_pairs} more held out for validation" if metrics.held_out else "")
+    left_out = f"{metrics.prompts_too_long} with prompts too long, {metrics.identical} with two equal responses"
+    rows = "\n".join(
+        f"| {name} | {getattr(metrics.before, name):.4f} | {getattr(metrics.after, name):.4f} |"
+        for name in ("loss", "margin", "accuracy")
+    )
+    settings = yaml.safe_dump(run.settings.model_dump(mode="json"), sort_keys=False)
+    metadata = yaml.safe_dump(
+        {"base_model": run.base_name, "library_name": "peft", "tags": ["lora", "dpo", "multi-objective"]}, sort_keys=False
+    )
+    validation = "validation pairs" if metrics.held_out else "training pairs (too few to hold some out)"
+    return f"""---
+{metadata}---
+# Policy for {run.objective!r}
+
+A LoRA adapter on {run.base_name}, trained from {begin}.
+
+- Data: {kept}; left out: {left_out}; {metrics.responses_cut} responses cut. SHA-256 of the pairs: `{data_sha256}`.
+- Steps: {metrics.steps}, kept: step {metrics.best_step}; {metrics.dtype}; {metrics.seconds:.0f} s.
+
+| on the {validation} | before | after |
+|---|---|---|
+{rows}
+
+![loss]({CURVE})
+
+```yaml
+{settings}```
+"""

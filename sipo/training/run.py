@@ -1,0 +1,285 @@
+"""One training run from its files to its files: a first alignment (Eq. 2), a SIPO round (Eq. 8), or a baseline of the paper's.
+
+A run that is killed at any moment goes on from its last whole checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from trl import DPOConfig
+
+from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
+from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
+from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
+from sipo.training.records import write_records
+from sipo.training.reporting import Reporter
+from sipo.training.settings import ADAPTER, METRICS, PAIRS, Measure, Progress, TrainMetrics, TrainRun
+from sipo.training.trainer import START, PairCollator, PairTrainer, reference_file
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ROWS = "rows"
+WARMUP = 0.1
+WEIGHT_DECAY = 0.05
+
+
+def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> TrainMetrics:
+    """Trains on `folder`/pairs.jsonl and leaves the adapter, its records and, last, the metrics in `folder`.
+
+    Raises InvalidRequest if no pair is usable, IncompatiblePolicy if the base or the start adapter does not fit, TrainingFailed if
+    the run diverges or does not fit into memory.
+    """
+    settings = run.settings
+    tokenizer = AutoTokenizer.from_pretrained(run.base)
+    run.prompt_format.check(tokenizer)
+    data = tokenise(
+        _read_pairs(folder / PAIRS),
+        run.prompt_format,
+        tokenizer,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        max_response_tokens=settings.max_response_tokens,
+        max_pairs=settings.max_pairs,
+        seed=settings.seed,
+    )
+    if not data.train:
+        raise InvalidRequest(f"no pair to train {run.objective!r} on: {_left_out(data, settings.max_prompt_tokens)}")
+    reporter = Reporter(run.objective, report, len(data.train) + len(data.validation) * data.held_out)
+    micro_batch = largest_divisor(_pairs_per_process(run), settings.micro_batch_size)
+    while True:
+        try:
+            return _train(run, folder, data, tokenizer, reporter, micro_batch=micro_batch)
+        except torch.OutOfMemoryError as error:
+            if micro_batch == 1 or _processes() > 1:
+                raise TrainingFailed(
+                    f"the training of {run.objective!r} does not fit into memory at {micro_batch} pairs in a forward: use "
+                    "gradient_checkpointing, smaller max_prompt_tokens and max_response_tokens, or a smaller micro_batch_size"
+                ) from error
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        smaller = largest_divisor(_pairs_per_process(run), micro_batch // 2)
+        reporter.note(f"out of memory at {micro_batch} pairs in a forward: goes on with {smaller}, at the same batch size")
+        micro_batch = smaller
+
+
+def _train(
+    run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: Any, reporter: Reporter, *, micro_batch: int
+) -> TrainMetrics:
+    started = time.monotonic()
+    trainer = build_trainer(run, folder, data, tokenizer, reporter, micro_batch=micro_batch)
+    before = measure_at_the_start(run, data, folder, trainer.beta)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    after = _measure(trainer)
+    if not math.isfinite(after.loss):
+        raise TrainingFailed(f"the training of {run.objective!r} diverged in its last step: use a smaller learning_rate")
+    if after.accuracy < 0.5 and after.margin < 0:  # ties alone, where nothing has moved, are no hits for TRL
+        raise TrainingFailed(
+            f"the training of {run.objective!r} made it worse: its reward accuracy on {len(data.validation)} validation pairs is "
+            f"{after.accuracy:.2f}, below chance; look at the pairs, or use a smaller learning_rate"
+        )
+    best = trainer.state.best_global_step
+    metrics = TrainMetrics(
+        objective=run.objective,
+        pairs=len(data.train),
+        validation_pairs=len(data.validation),
+        held_out=data.held_out,
+        prompts_too_long=data.left_out["prompts_too_long"],
+        identical=data.left_out["identical"],
+        responses_cut=data.left_out["responses_cut"],
+        steps=trainer.state.global_step,
+        best_step=best if data.held_out and best else trainer.state.global_step,
+        micro_batch_size=micro_batch,
+        seconds=round(time.monotonic() - started, 1),
+        dtype=str(trainer.model.get_base_model().dtype).removeprefix("torch."),
+        before=before,
+        after=after,
+    )
+    if trainer.is_world_process_zero():
+        _save_adapter(trainer.model, folder / ADAPTER, run.base_name)
+        write_records(folder, run, metrics, trainer.state.log_history)
+        _write_synced(folder / METRICS, metrics.model_dump_json(indent=1))
+        for name in (CHECKPOINTS, ROWS):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+def build_trainer(
+    run: TrainRun, folder: Path, data: TokenisedPairs, tokenizer: Any, reporter: Reporter, *, micro_batch: int = 1
+) -> PairTrainer:
+    """The trainer with its model.
+
+    With `run.start`, TRL keeps a frozen copy of that adapter as reference. Without, it makes a fresh LoRA (after seeding: policies
+    of one seed share A's initial values) and its reference is the base. TRL's own NLL term is a mean over all tokens of a
+    micro-batch; PairTrainer's is Eq. 8's.
+    """
+    settings = run.settings
+    dtype = _dtype(run)
+    model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
+    fresh = None
+    if run.start is None:
+        fresh = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
+    else:
+        try:
+            model = PeftModel.from_pretrained(model, run.start, is_trainable=True)
+        except (ValueError, RuntimeError) as error:
+            raise IncompatiblePolicy(f"cannot go on with {run.start}: {error}") from error
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    steps_per_epoch = math.ceil(len(data.train) / settings.batch_size)
+    args = DPOConfig(
+        output_dir=str(folder / CHECKPOINTS),
+        loss_type=["sigmoid"],
+        f_divergence_type=settings.divergence,
+        f_alpha_divergence_coef=settings.divergence_alpha,
+        beta=settings.beta / run.weight,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        # Rounded down: a short run has no step to lose to a learning rate of 0.
+        warmup_steps=int(WARMUP * settings.epochs * steps_per_epoch),
+        weight_decay=WEIGHT_DECAY,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        gradient_accumulation_steps=_pairs_per_process(run) // micro_batch,
+        # Costs one pass per pair, as computing it on the way would, and saves one for each further look at a pair.
+        precompute_ref_log_probs=True,
+        max_length=None,  # lengths are cut in sipo.training.data
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=["tensorboard", *([settings.tracker] if settings.tracker != "none" else [])],
+        eval_strategy="epoch" if data.held_out else "no",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=data.held_out,
+        metric_for_best_model="eval_loss",
+        seed=settings.seed,
+    )
+    trainer = PairTrainer(
+        alpha=settings.alpha,
+        margins=run.margins,
+        folder=folder,
+        on_reference=reporter.on_reference,
+        callbacks=[reporter, Checkpoints(settings.checkpoint_steps)],
+        model=model,
+        args=args,
+        data_collator=PairCollator(pad_token_id=_pad_token(tokenizer)),
+        train_dataset=_rows(args, folder / ROWS / "train", data.train),
+        eval_dataset=_rows(args, folder / ROWS / "validation", data.validation) if data.held_out else None,
+        processing_class=tokenizer,
+        peft_config=fresh,
+    )
+    if not data.held_out:
+        trainer.eval_dataset = trainer.train_dataset  # with its reference log-probabilities
+    unwanted: tuple[type[TrainerCallback], ...] = (PrinterCallback, ProgressCallback)
+    for callback in unwanted:
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _rows(args: DPOConfig, path: Path, rows: Sequence[TokenPair]) -> Dataset:
+    """The rows as a data set on disk: TRL shares what it computes for them with the other processes beside it."""
+    with args.main_process_first():
+        if not path.exists():
+            aside = path.with_name(f".{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            Dataset.from_list(list(rows)).save_to_disk(aside)
+            aside.rename(path)
+    return Dataset.load_from_disk(path)
+
+
+def measure_at_the_start(run: TrainRun, data: TokenisedPairs, folder: Path, beta: float) -> Measure:
+    """What a measurement would say before the first step, without a pass over the pairs: the policy's log-probabilities then are
+    those of the model that it starts from, which the reference's pass has computed."""
+    columns = load_file(reference_file(folder, "eval" if data.held_out else "train"))
+    ratios = [columns[f"{START}{side}"] - columns[f"ref_{side}_logps"] for side in ("chosen", "rejected")]
+    margins = beta * (ratios[0] - ratios[1])
+    lengths = torch.tensor([len(row["chosen_ids"]) for row in data.validation])
+    opposing = torch.tensor([row["opposing_weight"] for row in data.validation])
+    losses = F.softplus(-margins) + opposing * margins - run.settings.alpha * columns[f"{START}chosen"] / lengths
+    hits = (margins > 0).double() + (margins == 0) / 2
+    return Measure(loss=float(losses.mean()), margin=float(margins.mean()), accuracy=float(hits.mean()))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`, at least 1."""
+    return next(one for one in range(min(limit, number), 0, -1) if number % one == 0)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _pairs_per_process(run: TrainRun) -> int:
+    pairs, rest = divmod(run.settings.batch_size, _processes())
+    if rest:
+        raise InvalidRequest(f"batch_size is {run.settings.batch_size}: it must be a multiple of the {_processes()} processes")
+    return pairs
+
+
+def _dtype(run: TrainRun) -> torch.dtype:
+    """A CPU without bfloat16 instructions takes four times as long in bfloat16 as in float32."""
+    if run.dtype != "auto":
+        return torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
+    fast = torch.accelerator.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _pad_token(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
+def _read_pairs(path: Path) -> list[TrainingPair]:
+    with path.open() as file:
+        return [json.loads(line) for line in file]
+
+
+def _left_out(data: TokenisedPairs, max_prompt_tokens: int) -> str:
+    counts = data.left_out
+    if not counts:
+        return "there are no pairs"
+    return (
+        f"{counts['prompts_too_long']} prompts are longer than max_prompt_tokens = {max_prompt_tokens}, "
+        f"in {counts['identical']} pairs chosen and rejected are the same"
+    )
+
+
+def _measure(trainer: PairTrainer) -> Measure:
+    logs = trainer.evaluate()
+    return Measure(loss=logs["eval_loss"], margin=logs["eval_rewards/margins"], accuracy=logs["eval_rewards/accuracies"])
+
+
+def _save_adapter(model: Any, target: Path, base_name: str) -> None:
+    """Only the trained adapter: not the reference's copy, and not the place where this machine keeps the base."""
+    shutil.rmtree(target, ignore_errors=True)
+    model.peft_config["default"].base_model_name_or_path = base_name
+    model.save_pretrained(target)
+    (target / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def _write_synced(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)

@@ -1,0 +1,276 @@
+"""Jobs of several rounds: the real feeder, trainer and queue server; sampling, scoring and training are quick stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from gateway.feeder import Feeder, read_prompts
+from services.common.job_store import JobStore
+from services.common.jobs import JobState
+from services.common.messages import PromptDecided, PromptQueued
+from services.common.queue import DECISIONS, PROMPTS, Consumer, Queue
+from services.common.tasks import end_tasks
+from services.trainer import lifecycle, rounds
+from services.trainer.decisions import DecisionLog
+from services.trainer.lifecycle import Lifecycle
+from services.trainer.rounds import Stages
+from sipo.errors import TrainingFailed
+from sipo.policies import PolicyStore
+from sipo.training.settings import TrainMetrics, read_run
+from tests.trainer import OBJECTIVES, Tell, decision, policies, report_of, submit, trainer, until
+
+THREE = [*OBJECTIVES, "kind"]
+
+Accepts = Callable[[int, int], bool]
+
+
+def one_more_each(round_: int, row: int) -> bool:
+    """Round 1 resolves row 0, round 2 row 1, round 3 row 2."""
+    return row < round_
+
+
+def first_round_only(round_: int, row: int) -> bool:
+    return (round_, row) == (1, 0)
+
+
+@asynccontextmanager
+async def fed(redis: Redis, stages: Stages, accepts: Accepts, feeders: int = 1) -> AsyncIterator[list[PromptQueued]]:
+    """Feeders, and a stand-in for worker and scorer that decides prompts by round and row; lists what was fed."""
+    prompts: list[PromptQueued] = []
+
+    async def decide() -> None:
+        while True:
+            for entry, fields in await redis.xrange(PROMPTS):
+                prompts.append(prompt := PromptQueued.model_validate_json(fields["data"]))
+                row, round_ = int(prompt.prompt), prompt.round
+                await Queue(redis).put(DECISIONS, decision(prompt.job, row, round_=round_, accepted=accepts(round_, row)))
+                await redis.xdel(PROMPTS, entry)
+            await asyncio.sleep(0.01)
+
+    ours = [Feeder(Queue(redis), JobStore(redis), stages.jobs_dir, pause=0.01) for _ in range(feeders)]
+    tasks = [asyncio.create_task(work) for work in (decide(), *(feeder.run() for feeder in ours))]
+    try:
+        yield prompts
+    finally:
+        await end_tasks(*tasks)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "POLL", 0.02)
+
+
+async def test_each_round_samples_from_the_set_before_what_is_unresolved_and_trains_on_its_own_pairs(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path
+) -> None:
+    policies(stages, adapter, THREE)
+    current: list[str] = []
+
+    def accepts(round_: int, row: int) -> bool:
+        current.append(stages.store.get("demo").id)
+        return one_more_each(round_, row)
+
+    job = await submit(redis, stages, objectives=THREE, total=None, rounds=3, activate=True)
+    async with fed(redis, stages, accepts) as prompts, trainer(redis, stages):
+        done = await until(redis, job, JobState.COMPLETED)
+    plans = [(one.round, one.prompt, one.plan.sampling_set, one.plan.reward_set) for one in prompts]
+    assert plans == [
+        *((1, row, "demo:1", "demo:1") for row in "012"),
+        *((2, row, "demo:2", "demo:1") for row in "12"),
+        (3, "2", "demo:3", "demo:1"),
+    ]
+    assert set(current) == {"demo:1"} and stages.store.get("demo").id == "demo:4", "only the last set is activated"
+    manifests = [one.manifest for one in stages.store.sets()]
+    assert [(one.round, one.parent) for one in manifests] == [(0, None), (1, "demo:1"), (2, "demo:2"), (3, "demo:3")]
+    assert runs == [f"round-{k}/{objective}" for k in (1, 2, 3) for objective in THREE]
+    for k, objective in ((k, objective) for k in (1, 2, 3) for objective in THREE):
+        folder = stages.run_folder(job, k, objective)
+        assert read_run(folder / "run.yaml").start == stages.store.get(f"demo:{k}").adapter_dir(objective)
+        assert {json.loads(line)["prompt"] for line in (folder / "pairs.jsonl").read_text().splitlines()} == {f"q{k - 1}"}
+
+    assert (done.round, done.total, done.policy_set, done.reason) == (3, 1, "demo:4", None)
+    assert (done.counts.queued, done.counts.decided, done.counts.accepted) == (1, 1, 1)
+    report = report_of(stages, job)
+    funnels = [(one.round, one.sampling_set, one.funnel.prompts, one.funnel.pairs, one.policy_set) for one in report.rounds]
+    assert funnels == [(1, "demo:1", 3, 2, "demo:2"), (2, "demo:2", 2, 2, "demo:3"), (3, "demo:3", 1, 2, "demo:4")]
+    assert all(one.training.keys() == set(THREE) for one in report.rounds)
+    assert (report.policy_set, report.activated, report.reason) == ("demo:4", True, None)
+
+
+@pytest.mark.parametrize(("reward_set", "rewards"), [("first", ["demo:1", "demo:1"]), ("latest", ["demo:2", "demo:4"])])
+async def test_a_job_may_name_the_set_it_starts_from_and_run_all_prompts_again(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path, reward_set: str, rewards: list[str]
+) -> None:
+    for round_, parent in ((0, None), (1, "demo:1"), (2, "demo:2")):
+        policies(stages, adapter, round=round_, parent=parent)
+    job = await submit(redis, stages, total=None, sampling_set="demo:2", rounds=2, round_prompts="all", reward_set=reward_set)
+    async with fed(redis, stages, lambda *_: True) as prompts, trainer(redis, stages):
+        await until(redis, job, JobState.COMPLETED)
+    plans = [(one.round, one.prompt, one.plan.sampling_set, one.plan.reward_set) for one in prompts]
+    assert plans == [(k, row, f"demo:{2 * k}", rewards[k - 1]) for k in (1, 2) for row in "012"]
+    assert [one.manifest.parent for one in stages.store.sets()][3:] == ["demo:2", "demo:4"]
+    assert [one.reward_set for one in report_of(stages, job).rounds] == rewards
+    assert stages.store.get("demo").id == "demo:3", "the job did not ask for activation"
+
+
+async def test_a_job_ends_early_when_no_prompt_is_left(redis: Redis, stages: Stages, runs: list[str], adapter: Path) -> None:
+    policies(stages, adapter)
+    job = await submit(redis, stages, total=None, rounds=3, activate=True)
+    async with fed(redis, stages, lambda *_: True) as prompts, trainer(redis, stages):
+        done = await until(redis, job, JobState.COMPLETED)
+    assert len(prompts) == 3 and (done.round, done.policy_set, done.error) == (1, "demo:2", None)
+    assert done.reason == report_of(stages, job).reason == "round 1 of 3 left no prompt without an accepted response"
+    assert stages.store.get("demo").id == "demo:2"
+
+
+@pytest.mark.parametrize("activate", [True, False])
+async def test_a_later_round_without_pairs_ends_the_job_with_what_the_rounds_before_published(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path, activate: bool
+) -> None:
+    policies(stages, adapter)
+    job = await submit(redis, stages, total=None, rounds=3, activate=activate)
+    async with fed(redis, stages, first_round_only), trainer(redis, stages):
+        done = await until(redis, job, JobState.COMPLETED)
+    assert (done.round, done.policy_set, done.error) == (2, "demo:2", None)
+    assert done.reason is not None and done.reason.startswith(
+        "round 2 of 3 gave nothing to train on: no response passed the filter for concise, warm, in 2 prompts with 2 candidates"
+    )
+    report = report_of(stages, job)
+    assert (report.policy_set, report.activated, report.reason) == ("demo:2", activate, done.reason)
+    assert [(one.funnel.accepted, one.policy_set) for one in report.rounds] == [(1, "demo:2"), (0, None)]
+    assert stages.store.get("demo").id == ("demo:2" if activate else "demo:1")
+
+
+async def test_a_later_round_that_fails_leaves_the_sets_before_it_and_activates_none(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = vars(rounds)["run_child"]
+
+    async def fail_in_the_second(path: Path, tell: Tell) -> TrainMetrics:
+        if path.parent.parent.name == "round-2":
+            raise TrainingFailed("it diverged")
+        metrics: TrainMetrics = await quick(path, tell)
+        return metrics
+
+    monkeypatch.setattr(rounds, "run_child", fail_in_the_second)
+    policies(stages, adapter)
+    job = await submit(redis, stages, total=None, rounds=2, activate=True)
+    async with fed(redis, stages, one_more_each), trainer(redis, stages):
+        failed = await until(redis, job, JobState.FAILED)
+    assert (failed.error, failed.policy_set) == ("it diverged", "demo:2")
+    assert stages.store.get("demo").id == "demo:1"
+
+
+async def test_several_feeders_feed_each_prompt_of_each_round_once(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path
+) -> None:
+    policies(stages, adapter)
+    job = await submit(redis, stages, total=None, rounds=3)
+    async with fed(redis, stages, one_more_each, feeders=3) as prompts, trainer(redis, stages):
+        await until(redis, job, JobState.COMPLETED)
+    assert [one.id.removeprefix(f"{job.id}/") for one in prompts] == ["1/0", "1/1", "1/2", "2/1", "2/2", "3/2"]
+
+
+async def test_a_rounds_rows_are_the_same_whatever_is_decided_in_it_meanwhile(redis: Redis, stages: Stages) -> None:
+    job = await submit(redis, stages, rounds=3)
+    folder = stages.folder(job)
+
+    def rows(round_: int) -> list[int]:
+        return [row for row, _ in read_prompts(folder, job.model_copy(update={"round": round_}))]
+
+    assert rows(1) == [0, 1, 2]
+    log = DecisionLog(folder)
+    log.append([decision(job.id, 0), decision(job.id, 1, accepted=False), decision(job.id, 2, accepted=False)])
+    assert (rows(1), rows(2)) == ([0, 1, 2], [1, 2])
+    log.append([decision(job.id, 2, round_=2)])
+    with log.path.open("a") as file:  # the trainer writes the next one
+        file.write(decision(job.id, 1, round_=2).model_dump_json()[:-1])
+    assert (rows(1), rows(2), rows(3)) == ([0, 1, 2], [1, 2], [1])
+
+
+class Killer:
+    """Ends the trainer right after each step that has an effect, the first time that this step is done."""
+
+    def __init__(self) -> None:
+        self.deaths: set[str] = set()
+        self.dead = asyncio.Event()
+        self.buried = threading.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def after(self, patch: pytest.MonkeyPatch, owner: Any, name: str, label: Callable[..., str]) -> None:
+        step = getattr(owner, name)
+
+        async def in_task(*args: Any, **kwargs: Any) -> Any:
+            result = await step(*args, **kwargs)
+            if self._dies(f"{name} {label(*args)}"):
+                await asyncio.Event().wait()
+            return result
+
+        def in_thread(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            if self._dies(f"{name} {label(*args)}"):
+                self.buried.wait(30)
+            return result
+
+        patch.setattr(owner, name, in_task if asyncio.iscoroutinefunction(step) else in_thread)
+
+    def _dies(self, step: str) -> bool:
+        if step in self.deaths:
+            return False
+        self.deaths.add(step)
+        self._loop.call_soon_threadsafe(self.dead.set)
+        return True
+
+
+@pytest.mark.slow
+async def test_a_trainer_killed_after_any_step_of_any_round_goes_on(
+    redis: Redis, stages: Stages, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killer = Killer()
+    killer.after(monkeypatch, Lifecycle, "_advance", lambda _, job, to: f"{job.round} to {to}")
+    killer.after(monkeypatch, Stages, "publish", lambda _, job: job.round)
+    killer.after(monkeypatch, Stages, "report", lambda _, job, *__: f"{job.round} {job.state}")
+    killer.after(monkeypatch, DecisionLog, "append", lambda _, decisions: [one.id for one in decisions])
+    killer.after(monkeypatch, PolicyStore, "activate", lambda _, reference: reference)
+    killer.after(monkeypatch, rounds, "run_child", lambda path, _: f"{path.parent.parent.name} {path.parent.name}")
+
+    async def live() -> None:
+        """A trainer until it is dead: without the last words that `running` gives a consumer."""
+        killer.dead.clear()
+        killer.buried.clear()
+        jobs = JobStore(redis)
+        async with jobs.lease("trainer", 60) as lease:
+            leading = Lifecycle(stages, jobs, lease)
+            consumer = Consumer(redis, DECISIONS, model=PromptDecided, batch=8)
+            tasks = [asyncio.create_task(work) for work in (leading.run(), consumer.run(leading.keep), killer.dead.wait())]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await end_tasks(*tasks)
+        killer.buried.set()
+
+    job = await submit(redis, stages, total=None, rounds=3, activate=True)
+    async with fed(redis, stages, one_more_each) as prompts, asyncio.timeout(120):
+        while not (done := await JobStore(redis).get(job.id)).state.ended:
+            await live()
+    assert (done.state, done.round, done.policy_set) == (JobState.COMPLETED, 3, "demo:4"), done.error
+    steps = {step.partition(" ")[0] for step in killer.deaths}
+    assert steps == {"_advance", "publish", "report", "append", "activate", "run_child"} and len(killer.deaths) > 30
+    assert [one.id.removeprefix(f"{job.id}/") for one in prompts] == ["1/0", "1/1", "1/2", "2/1", "2/2", "3/2"]
+    assert runs == [f"round-{k}/{objective}" for k in range(4) for objective in OBJECTIVES], "each training once"
+    assert [one.manifest.parent for one in stages.store.sets()] == [None, "demo:1", "demo:2", "demo:3"]
+    assert stages.store.get("demo").id == "demo:4"
+    report = report_of(stages, job)
+    assert [(one.round, one.funnel.prompts, one.policy_set) for one in report.rounds] == [
+        (1, 3, "demo:2"),
+        (2, 2, "demo:3"),
+        (3, 1, "demo:4"),
+    ]
+    assert (report.policy_set, report.activated, report.reason) == ("demo:4", True, None)
