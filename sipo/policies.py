@@ -38,6 +38,8 @@ ABANDONED = 3600.0
 """Seconds after which a set that is still aside is nobody's."""
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_FOR_PEOPLE = ("README.md", "loss.png")
+"""A model card and a loss curve, where there are any."""
 
 
 class Record(BaseModel):
@@ -242,6 +244,9 @@ def _copy_adapter(source: Path, target: Path, base: Path) -> AdapterRef:
     target.mkdir()
     for name in _ADAPTER_FILES:
         shutil.copyfile(source / name, target / name)
+    for name in _FOR_PEOPLE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
     return AdapterRef(sha256=adapter_sha256(target), rank=max(a.shape[0] for a, _ in adapter.modules.values()))
 
 

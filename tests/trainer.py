@@ -71,7 +71,7 @@ def write_adapter(folder: Path) -> Path:
 def stand_in(adapter: Path, made: list[str]) -> Callable[[Path, Tell], Awaitable[TrainMetrics]]:
     """A training process that copies an adapter, and adds its run to `made`, as "round-0/warm"."""
 
-    async def run_child(path: Path, tell: Tell) -> TrainMetrics:
+    async def run_child(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
         run = read_run(path)
         made.append(f"{path.parent.parent.name}/{path.parent.name}")
         await tell(Progress(objective=run.objective, stage="training", step=1, of=1, seconds_left=0, loss=0.5))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from sipo.preferences import ObjectiveName, Weights
 from sipo.selection import Filter
+from sipo.training.data import Design
 from sipo.training.settings import TrainSettings
 
 
@@ -80,6 +81,11 @@ class JobSpec(Request):
     review_max_tokens: int = Field(default=96, ge=1, le=4096)
     alignment: TrainSettings = Field(default=TrainSettings(epochs=2, learning_rate=5e-4))
     training: TrainSettings = Field(default=TrainSettings())
+    preferences: Design = Field(
+        default="both",
+        description="what a round's policies learn of each prompt: y_c over both originals; or one of the designs of the paper's "
+        "Figure 8, with the objective's own preferred and dispreferred original",
+    )
     stop_after: Literal["pairs"] | None = None
     activate: bool = Field(
         default=False,

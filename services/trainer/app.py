@@ -16,6 +16,7 @@ from services.common.job_store import JobStore
 from services.common.messages import PromptDecided
 from services.common.queue import DECISIONS, Consumer, unanswered
 from services.common.tasks import end_tasks
+from services.common.training import launch_command
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Base, Stages
 from services.trainer.settings import TrainerSettings
@@ -44,7 +45,8 @@ def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float 
 
     async def work() -> None:
         base = await asyncio.to_thread(open_base, settings)
-        stages = Stages(base, PolicyStore(settings.data_dir / "policies"), settings.data_dir / "jobs")
+        command = launch_command(settings.trainer_accelerate)
+        stages = Stages(base, PolicyStore(settings.data_dir / "policies"), settings.data_dir / "jobs", command)
         jobs = JobStore(redis)
         state["waiting"] = "another trainer holds the lease"
         async with jobs.lease(LEASE, lease_seconds) as lease:

@@ -18,7 +18,7 @@ from typing import Any
 from services.common.job_store import Job
 from services.common.messages import PromptDecided
 from services.common.reports import Funnel, GroundTruth, Report, RoundReport
-from services.trainer.child import run_child
+from services.common.training import run_child
 from services.trainer.decisions import sync_folder
 from sipo.errors import Conflict
 from sipo.evaluation.ground_truth import REWARDS
@@ -26,7 +26,7 @@ from sipo.models import write_atomically
 from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
-from sipo.training.data import TrainingPair, alignment_pairs, pareto_rows
+from sipo.training.data import ChosenResponse, Design, TrainingPair, alignment_pairs, pareto_rows
 from sipo.training.settings import ADAPTER, METRICS, PAIRS, Progress, TrainMetrics, TrainRun, TrainSettings, write_run
 
 INPUT = "input.jsonl"
@@ -54,6 +54,8 @@ class Stages:
     base: Base
     store: PolicyStore
     jobs_dir: Path
+    command: Sequence[str] | None = None
+    """What starts a training run; None: one process."""
 
     def starting_sets(self, job: Job) -> tuple[PolicySet, PolicySet] | None:
         """(sampling set, reward set) for a job that starts from policies; None if it has to align them first."""
@@ -92,7 +94,7 @@ class Stages:
         start = self.store.get(job.sampling_set)
         decisions = list(decisions)
         for objective in start.objectives:
-            pairs = pareto_pairs_of(decisions, objective)
+            pairs = pareto_pairs_of(decisions, objective, job.spec.preferences)
             run = self._run(objective, job.spec.training, start.manifest.prompt_format, start.adapter_dir(objective))
             await self._train(self.run_folder(job, job.round, objective), run, pairs, tell)
 
@@ -176,7 +178,7 @@ class Stages:
             return TrainMetrics.model_validate_json((folder / METRICS).read_text())
         path = write_run(folder, run)
         write_atomically(folder / PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-        return await run_child(path, tell)
+        return await run_child(path, tell, self.command)
 
     def _publish(
         self,
@@ -207,14 +209,19 @@ class Stages:
         return self.store.publish(draft, {name: folder / ADAPTER for name, folder in folders.items()}, self.base.folder)
 
 
-def pareto_pairs_of(decisions: Iterable[PromptDecided], objective: str | None = None) -> list[TrainingPair]:
-    """D^c: the pairs of every chosen response; only those for the policy of `objective`, if given."""
+def pareto_pairs_of(
+    decisions: Iterable[PromptDecided], objective: str | None = None, design: Design = "both"
+) -> list[TrainingPair]:
+    """D^c: the pairs of every chosen response; with `objective` those that its policy learns, by the design."""
     return [
         row
         for decision in decisions
-        for candidate, only in decision.accepted()
-        if objective is None or only in (None, objective)
-        for row in pareto_rows(decision.example, candidate.text, candidate.token_ids, only)
+        for row in pareto_rows(
+            decision.example,
+            [ChosenResponse(one.text, one.token_ids, only) for one, only in decision.accepted()],
+            objective,
+            design,
+        )
     ]
 
 

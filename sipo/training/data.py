@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
@@ -51,13 +51,46 @@ def alignment_pairs(examples: Iterable[Example], objective: str) -> Iterator[Tra
             yield TrainingPair(prompt=example.prompt, chosen=chosen, rejected=rejected)
 
 
-def pareto_rows(example: Example, text: str, token_ids: list[int], objective: str | None = None) -> list[TrainingPair]:
-    """D^c of one chosen response: for every policy, or for that of the one objective that it was chosen for."""
-    rows = [
-        TrainingPair(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
-        for pair in pareto_pairs(example, text, objective)
-    ]
-    return [TrainingPair(**row, chosen_token_ids=token_ids) for row in rows] if token_ids else rows
+Design = Literal["both", "preferred", "preferred_and_original", "original", "dispreferred"]
+"""Which preferences a round's policies learn, with y_w and y_l the preferred and the dispreferred original of an objective.
+
+both (section 3.3): y_c ≻ y_-1 and y_c ≻ y_1; of Figure 8: preferred y_c ≻ y_w, preferred_and_original y_c ≻ y_w and y_w ≻ y_l,
+original y_w ≻ y_l; and dispreferred y_c ≻ y_l.
+"""
+
+
+@dataclass(frozen=True)
+class ChosenResponse:
+    """y_c, for every policy or for that of `objective` alone. `token_ids`: as it was sampled, empty if made elsewhere."""
+
+    text: str
+    token_ids: list[int]
+    objective: str | None = None
+
+
+def pareto_rows(
+    example: Example, chosen: Sequence[ChosenResponse], objective: str | None = None, design: Design = "both"
+) -> list[TrainingPair]:
+    """A prompt's pairs for the policy of `objective`, or those of D^c for all policies.
+
+    Where the objective has no label here, y_w and y_l are not known: y_c is paired with both originals, and there is no y_w ≻ y_l.
+    Responses chosen for one objective alone have one pair, y_c ≻ y_w, in any design.
+    """
+    labelled = objective is not None and objective in example.labels
+    winner, loser = example.chosen_rejected(objective) if labelled and objective is not None else ("", "")
+    opponents = {"preferred": winner, "preferred_and_original": winner, "dispreferred": loser}.get(design) if labelled else None
+    rows = []
+    for one in chosen if design != "original" else []:
+        if objective is not None and one.objective not in (None, objective):
+            continue
+        for pair in pareto_pairs(example, one.text, one.objective):
+            if one.objective is None and opponents is not None and pair.rejected != opponents:
+                continue
+            row = TrainingPair(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
+            rows.append(TrainingPair(**row, chosen_token_ids=one.token_ids) if one.token_ids else row)
+    if chosen and labelled and design in ("preferred_and_original", "original"):
+        rows.append(TrainingPair(prompt=example.prompt, chosen=winner, rejected=loser))
+    return rows
 
 
 @dataclass

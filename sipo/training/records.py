@@ -10,14 +10,15 @@ from typing import Any
 
 import yaml
 
-from sipo.training.settings import CARD, CURVE, HISTORY, PAIRS, TrainMetrics, TrainRun
+from sipo.training.settings import ADAPTER, CARD, CURVE, HISTORY, PAIRS, TrainMetrics, TrainRun
 
 
 def write_records(folder: Path, run: TrainRun, metrics: TrainMetrics, history: Sequence[Mapping[str, Any]]) -> None:
-    """history.jsonl, loss.png and README.md in the run's folder. `history`: the trainer's log, a mapping a step or a validation."""
+    """history.jsonl in the run's folder, loss.png and README.md beside its adapter. `history`: the trainer's log, a mapping a step
+    or a validation."""
     (folder / HISTORY).write_text("".join(json.dumps(entry) + "\n" for entry in history))
-    draw_curve(folder / CURVE, run.objective, history)
-    (folder / CARD).write_text(card(run, metrics, hashlib.sha256((folder / PAIRS).read_bytes()).hexdigest()))
+    draw_curve(folder / ADAPTER / CURVE, run.objective, history)
+    (folder / ADAPTER / CARD).write_text(card(run, metrics, hashlib.sha256((folder / PAIRS).read_bytes()).hexdigest()))
 
 
 def draw_curve(path: Path, title: str, history: Sequence[Mapping[str, Any]]) -> None:

@@ -272,8 +272,7 @@ def _save_adapter(model: Any, target: Path, base_name: str) -> None:
     """Only the trained adapter: not the reference's copy, and not the place where this machine keeps the base."""
     shutil.rmtree(target, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(target)
-    (target / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    model.save_pretrained(target)  # with PEFT's empty model card, which ours replaces
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -19,6 +19,8 @@ from sipo.prompts import PromptFormat
 PAIRS = "pairs.jsonl"
 ADAPTER = "adapter"
 METRICS = "metrics.json"
+ACCELERATE = Path(__file__).parent / "accelerate"
+"""The shipped configurations of `accelerate launch`."""
 HISTORY, CURVE, CARD = "history.jsonl", "loss.png", "README.md"
 
 

@@ -155,7 +155,7 @@ async def test_a_later_round_that_fails_leaves_the_sets_before_it_and_activates_
 ) -> None:
     quick = vars(rounds)["run_child"]
 
-    async def fail_in_the_second(path: Path, tell: Tell) -> TrainMetrics:
+    async def fail_in_the_second(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
         if path.parent.parent.name == "round-2":
             raise TrainingFailed("it diverged")
         metrics: TrainMetrics = await quick(path, tell)
@@ -241,7 +241,7 @@ async def test_a_trainer_killed_after_any_step_of_any_round_goes_on(
     killer.after(monkeypatch, Stages, "report", lambda _, job, *__: f"{job.round} {job.state}")
     killer.after(monkeypatch, DecisionLog, "append", lambda _, decisions: [one.id for one in decisions])
     killer.after(monkeypatch, PolicyStore, "activate", lambda _, reference: reference)
-    killer.after(monkeypatch, rounds, "run_child", lambda path, _: f"{path.parent.parent.name} {path.parent.name}")
+    killer.after(monkeypatch, rounds, "run_child", lambda path, *_: f"{path.parent.parent.name} {path.parent.name}")
 
     async def live() -> None:
         """A trainer until it is dead: without the last words that `running` gives a consumer."""

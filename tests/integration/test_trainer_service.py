@@ -123,7 +123,7 @@ async def test_a_prompt_that_is_decided_after_its_round_has_closed_changes_nothi
     failed = decision(job.id, 1, accepted=False).model_copy(update={"outcome": "failed", "error": "no room"})
     train = rounds.run_child
 
-    async def train_while_it_comes(path: Path, tell: Tell) -> TrainMetrics:
+    async def train_while_it_comes(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
         await Queue(redis).put(DECISIONS, decision(job.id, 1))
         while await redis.xlen(DECISIONS):  # noqa: ASYNC110, the trainer empties it
             await asyncio.sleep(0.02)
@@ -141,7 +141,7 @@ async def test_a_prompt_that_is_decided_after_its_round_has_closed_changes_nothi
 async def test_a_training_that_fails_ends_the_job_and_leaves_the_policies(
     redis: Redis, stages: Stages, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def diverge(path: Path, tell: Tell) -> TrainMetrics:
+    async def diverge(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
         raise TrainingFailed("it diverged")
 
     monkeypatch.setattr(rounds, "run_child", diverge)
@@ -158,7 +158,7 @@ async def test_decisions_are_kept_while_another_job_trains_and_cancel_ends_the_t
 ) -> None:
     ended = asyncio.Event()
 
-    async def endless(path: Path, tell: Tell) -> TrainMetrics:
+    async def endless(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
         try:
             await asyncio.Event().wait()
         finally:
@@ -205,7 +205,7 @@ async def test_a_trainer_goes_on_in_the_middle_of_a_training(
     quick: Callable[[Path, Tell], Awaitable[TrainMetrics]] = vars(rounds)["run_child"]
     blocked = asyncio.Event()
 
-    async def die_in_the_second(path: Path, tell: Tell) -> TrainMetrics:
+    async def die_in_the_second(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
         if path.parent.name == "warm":
             blocked.set()
             await asyncio.Event().wait()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
-from sipo.training.data import TokenisedPairs, TrainingPair, alignment_pairs, pareto_rows, tokenise
+from sipo.training.data import ChosenResponse, Design, TokenisedPairs, TrainingPair, alignment_pairs, pareto_rows, tokenise
 
 END = 0
 
@@ -33,9 +34,34 @@ def test_an_accepted_response_beats_both_originals_with_the_tokens_it_was_sample
     example = Example(prompt="x", response_0="y0", response_1="y1", labels={"warm": 1, "concise": 0})
     against_0 = {"prompt": "x", "chosen": "best", "rejected": "y0", "chosen_token_ids": [1, 2]}
     against_1 = against_0 | {"rejected": "y1"}
-    assert pareto_rows(example, "best", [1, 2]) == [against_0, against_1]
-    assert pareto_rows(example, "best", [1, 2], "warm") == [against_1]
-    assert pareto_rows(example, "best", [], "warm") == [{"prompt": "x", "chosen": "best", "rejected": "y1"}]
+    best = ChosenResponse("best", [1, 2])
+    assert pareto_rows(example, [best]) == pareto_rows(example, [best], "warm") == [against_0, against_1]
+    for_warm = ChosenResponse("best", [1, 2], "warm")
+    assert pareto_rows(example, [for_warm], "warm") == [against_1]
+    assert pareto_rows(example, [for_warm], "concise") == pareto_rows(example, []) == []
+    elsewhere = ChosenResponse("best", [], "warm")
+    assert pareto_rows(example, [elsewhere], "warm") == [{"prompt": "x", "chosen": "best", "rejected": "y1"}]
+
+
+@pytest.mark.parametrize(
+    ("design", "learnt"),
+    [
+        ("both", ["c>y0", "c>y1", "d>y0", "d>y1"]),
+        ("preferred", ["c>y1", "d>y1"]),
+        ("preferred_and_original", ["c>y1", "d>y1", "y1>y0"]),
+        ("original", ["y1>y0"]),
+        ("dispreferred", ["c>y0", "d>y0"]),
+    ],
+)
+def test_each_design_of_figure_8_has_its_preferences(design: Design, learnt: list[str]) -> None:
+    example = Example(prompt="x", response_0="y0", response_1="y1", labels={"warm": 1})
+    chosen = [ChosenResponse("c", [1]), ChosenResponse("d", [2])]
+
+    def said(objective: str) -> list[str]:
+        return [f"{row['chosen']}>{row['rejected']}" for row in pareto_rows(example, chosen, objective, design)]
+
+    assert said("warm") == learnt
+    assert said("concise") == ([] if design == "original" else ["c>y0", "c>y1", "d>y0", "d>y1"]), "it has no label here"
 
 
 def test_tokens_are_those_of_the_prompt_format_with_one_end_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -75,7 +101,7 @@ def test_a_tenth_is_held_out_from_forty_pairs_on(tiny_tokenizer: PreTrainedToken
 
 def test_both_pairs_of_a_prompt_stay_on_one_side_of_the_split(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     examples = [Example(prompt=f"p{i}", response_0=f"a{i}", response_1=f"b{i}", labels={"warm": 1}) for i in range(30)]
-    source = [pair for i, example in enumerate(examples) for pair in pareto_rows(example, f"best {i}", [1, 2])]
+    source = [pair for i, example in enumerate(examples) for pair in pareto_rows(example, [ChosenResponse(f"best {i}", [1, 2])])]
     found = tokens(source, tiny_tokenizer)
     prompts = [{tuple(row["prompt_ids"]) for row in side} for side in (found.train, found.validation)]
     assert found.held_out and not prompts[0] & prompts[1]

@@ -31,6 +31,7 @@ from sipo.training.run import TARGETS, build_trainer, train
 from sipo.training.settings import Failure, Progress, TrainMetrics, TrainRun, TrainSettings, write_run
 from sipo.training.trainer import PairTrainer
 
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png"}
 PAIRS = [TrainingPair(prompt=f"question {i}", chosen="yes " * (1 + i % 3), rejected=f"no, not {i}") for i in range(6)]
 
 
@@ -184,7 +185,7 @@ def test_objectives_of_one_seed_share_the_initial_a(run: TrainRun, tmp_path: Pat
 
 def test_a_folder_holds_a_plain_adapter_that_does_not_tell_where_the_base_lies(run: TrainRun, tmp_path: Path) -> None:
     go(run, tmp_path)
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == ADAPTER_FILES
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     assert str(run.base) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
 
@@ -350,10 +351,7 @@ def test_modpo_is_dpo_with_the_other_objectives_as_margins(run: TrainRun, tmp_pa
 
     assert metrics.before.loss == pytest.approx(loss(None), abs=1e-5) != pytest.approx(math.log(2), abs=1e-3)
     assert metrics.after.loss == pytest.approx(loss(tmp_path / "modpo" / "adapter"), abs=1e-4)
-    assert {path.name for path in (tmp_path / "modpo" / "adapter").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    assert {path.name for path in (tmp_path / "modpo" / "adapter").iterdir()} == ADAPTER_FILES
 
 
 # Runs that are interrupted
@@ -482,8 +480,8 @@ def test_a_run_leaves_its_records_for_people(run: TrainRun, tmp_path: Path) -> N
     metrics, steps = go(run, tmp_path)
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx([step.loss for step in steps])
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    card = (tmp_path / "README.md").read_text()
+    assert (tmp_path / "adapter" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path / "adapter" / "README.md").read_text()
     assert hashlib.sha256((tmp_path / "pairs.jsonl").read_bytes()).hexdigest() in card
     assert f"| loss | {metrics.before.loss:.4f} | {metrics.after.loss:.4f} |" in card
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "tiny"

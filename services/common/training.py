@@ -1,0 +1,102 @@
+"""One training run in a process of its own: memory comes back, a crash stays contained, and it does not outlive this service."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import structlog
+from pydantic import TypeAdapter
+
+from services.common.processes import dies_with_parent
+from sipo.errors import InvalidRequest, TrainingFailed
+from sipo.training.settings import ACCELERATE, METRICS, Failure, Progress, TrainMetrics
+
+LOG = "train.log"
+KILLS = 3
+"""Times in a row, without a step between, that a run may be killed before it is given up."""
+LINE: TypeAdapter[Progress | Failure] = TypeAdapter(Progress | Failure)
+MODULE = ("-m", "sipo.training")
+log = structlog.get_logger(__name__)
+
+Report = Callable[[Progress], Awaitable[None]]
+
+
+def launch_command(accelerate: str | None = None) -> list[str]:
+    """What a run.yaml is appended to: one process, or `accelerate launch` with a configuration (a file, or a shipped one's name).
+
+    Raises InvalidRequest for a configuration that is not there.
+    """
+    if accelerate is None:
+        return [sys.executable, *MODULE]
+    path = ACCELERATE / f"{accelerate}.yaml"
+    if not path.is_file() and not (path := Path(accelerate).expanduser()).is_file():
+        shipped = ", ".join(sorted(one.stem for one in ACCELERATE.glob("*.yaml")))
+        raise InvalidRequest(f"no accelerate configuration {accelerate!r}: give a file, or one of {shipped}")
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *MODULE]
+
+
+async def run_child(run: Path, report: Report, command: Sequence[str] | None = None) -> TrainMetrics:
+    """Runs `command` (default: one process) on a run.yaml; ends the process if cancelled.
+
+    A process that is killed (SIGKILL, out of the machine's memory) is started again and goes on from its last checkpoint. Raises
+    TrainingFailed with what the run said, or when it is killed KILLS times in a row without getting any further.
+    """
+    furthest, kills = -1, 0
+    while True:
+        child = _Child(run, report, command or launch_command())
+        status = await child.wait()
+        if child.failure is not None:
+            raise TrainingFailed(child.failure.error)
+        if status == 0:
+            return TrainMetrics.model_validate_json((run.parent / METRICS).read_text())
+        kills = kills + 1 if child.step <= furthest else 1
+        furthest = max(furthest, child.step)
+        if status > 0 or kills == KILLS:
+            raise TrainingFailed(_how_it_ended(run.parent / LOG, status))
+        log.warning("training was killed, goes on", run=str(run.parent), signal=-status, step=child.step)
+
+
+class _Child:
+    """One process, until it ends. `step`: the last that it told."""
+
+    def __init__(self, run: Path, report: Report, command: Sequence[str]) -> None:
+        self.run = run
+        self.report = report
+        self.command = command
+        self.step = -1
+        self.failure: Failure | None = None
+
+    async def wait(self) -> int:
+        with (self.run.parent / LOG).open("ab") as log_file:
+            process = await asyncio.create_subprocess_exec(
+                *self.command,
+                str(self.run),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log_file,
+                preexec_fn=dies_with_parent(),
+            )
+        try:
+            assert process.stdout is not None
+            async for line in process.stdout:
+                said = LINE.validate_json(line)
+                if isinstance(said, Failure):
+                    self.failure = said
+                    continue
+                if said.stage == "training":
+                    self.step = said.step
+                await self.report(said)
+            return await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+def _how_it_ended(path: Path, status: int) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    how = f"was killed {KILLS} times without getting further, by signal {-status}" if status < 0 else f"ended with status {status}"
+    return f"the training process {how}: {lines[-1] if lines else 'it said nothing'} (see {path})"
