@@ -13,6 +13,8 @@ from gateway.cli.console import CommandLine
 from gateway.cli.demo import demo
 from gateway.cli.generate import generate
 from gateway.cli.score import score
+from gateway.cli.sft import sft
+from gateway.cli.train import train
 from gateway.cli.up import up
 
 app = typer.Typer(
@@ -27,6 +29,8 @@ app.command()(demo)
 app.command()(generate)
 app.command()(conflicts)
 app.command()(score)
+app.command()(sft)
+app.command()(train)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(policies.app, name="policies")
 app.add_typer(queue.app, name="queue")

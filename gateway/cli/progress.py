@@ -35,7 +35,8 @@ def _numbers(job: Job) -> str:
             done = f"reference has scored {training.step} of {training.of} pairs"
         else:
             done = f"step {training.step} of {training.of}, loss {training.loss:.4f}"
-        return f"{training.objective}: {done}, {training.seconds_left:.0f} s left"
+        note = f" ({training.note})" if training.note else ""
+        return f"{training.objective}: {done}, {training.seconds_left:.0f} s left{note}"
     if job.state != JobState.GENERATING or job.total is None:
         return ""
     counts = job.counts

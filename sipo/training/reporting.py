@@ -59,11 +59,13 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             state.max_steps,
             of_them=state.global_step - self.first_step,
             loss=logs["loss"],
-            margin=logs["rewards/margins"],
-            accuracy=logs["rewards/accuracies"],
+            margin=logs.get("rewards/margins"),  # fine-tuning has none
+            accuracy=logs.get("rewards/accuracies"),
         )
 
-    def _report(self, stage: Literal["reference", "training"], step: int, of: int, *, of_them: int, **measured: float) -> None:
+    def _report(
+        self, stage: Literal["reference", "training"], step: int, of: int, *, of_them: int, **measured: float | None
+    ) -> None:
         """`of_them` were done since `started`: the time left follows."""
         left = (time.monotonic() - self.started) / of_them * (of - step)
         self.last = Progress(objective=self.objective, stage=stage, step=step, of=of, seconds_left=round(left, 1), **measured)

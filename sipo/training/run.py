@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 from trl import DPOConfig
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
+from sipo.training.arguments import TARGETS, batch_per_process, common_arguments, largest_divisor, precision, processes
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
 from sipo.training.records import write_records
@@ -31,10 +32,7 @@ from sipo.training.reporting import Reporter
 from sipo.training.settings import ADAPTER, METRICS, PAIRS, Measure, Progress, TrainMetrics, TrainRun
 from sipo.training.trainer import START, PairCollator, PairTrainer, reference_file
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ROWS = "rows"
-WARMUP = 0.1
-WEIGHT_DECAY = 0.05
 
 
 def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> TrainMetrics:
@@ -58,12 +56,12 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
     if not data.train:
         raise InvalidRequest(f"no pair to train {run.objective!r} on: {_left_out(data, settings.max_prompt_tokens)}")
     reporter = Reporter(run.objective, report, len(data.train) + len(data.validation) * data.held_out)
-    micro_batch = largest_divisor(_pairs_per_process(run), settings.micro_batch_size)
+    micro_batch = largest_divisor(batch_per_process(settings), settings.micro_batch_size)
     while True:
         try:
             return _train(run, folder, data, tokenizer, reporter, micro_batch=micro_batch)
         except torch.OutOfMemoryError as error:
-            if micro_batch == 1 or _processes() > 1:
+            if micro_batch == 1 or processes() > 1:
                 raise TrainingFailed(
                     f"the training of {run.objective!r} does not fit into memory at {micro_batch} pairs in a forward: use "
                     "gradient_checkpointing, smaller max_prompt_tokens and max_response_tokens, or a smaller micro_batch_size"
@@ -71,7 +69,7 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
-        smaller = largest_divisor(_pairs_per_process(run), micro_batch // 2)
+        smaller = largest_divisor(batch_per_process(settings), micro_batch // 2)
         reporter.note(f"out of memory at {micro_batch} pairs in a forward: goes on with {smaller}, at the same batch size")
         micro_batch = smaller
 
@@ -128,7 +126,7 @@ def build_trainer(
     micro-batch; PairTrainer's is Eq. 8's.
     """
     settings = run.settings
-    dtype = _dtype(run)
+    dtype = precision(run.dtype)
     model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
     fresh = None
     if run.start is None:
@@ -138,40 +136,14 @@ def build_trainer(
             model = PeftModel.from_pretrained(model, run.start, is_trainable=True)
         except (ValueError, RuntimeError) as error:
             raise IncompatiblePolicy(f"cannot go on with {run.start}: {error}") from error
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    steps_per_epoch = math.ceil(len(data.train) / settings.batch_size)
     args = DPOConfig(
-        output_dir=str(folder / CHECKPOINTS),
+        **common_arguments(settings, folder, rows=len(data.train), micro_batch=micro_batch, dtype=dtype, held_out=data.held_out),
         loss_type=["sigmoid"],
         f_divergence_type=settings.divergence,
         f_alpha_divergence_coef=settings.divergence_alpha,
         beta=settings.beta / run.weight,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        # Rounded down: a short run has no step to lose to a learning rate of 0.
-        warmup_steps=int(WARMUP * settings.epochs * steps_per_epoch),
-        weight_decay=WEIGHT_DECAY,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=micro_batch,
-        gradient_accumulation_steps=_pairs_per_process(run) // micro_batch,
         # Costs one pass per pair, as computing it on the way would, and saves one for each further look at a pair.
         precompute_ref_log_probs=True,
-        max_length=None,  # lengths are cut in sipo.training.data
-        use_cpu=not torch.accelerator.is_available(),
-        bf16=dtype == torch.bfloat16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to=["tensorboard", *([settings.tracker] if settings.tracker != "none" else [])],
-        eval_strategy="epoch" if data.held_out else "no",
-        save_strategy="epoch",
-        save_total_limit=2,
-        load_best_model_at_end=data.held_out,
-        metric_for_best_model="eval_loss",
-        seed=settings.seed,
     )
     trainer = PairTrainer(
         alpha=settings.alpha,
@@ -217,30 +189,6 @@ def measure_at_the_start(run: TrainRun, data: TokenisedPairs, folder: Path, beta
     losses = F.softplus(-margins) + opposing * margins - run.settings.alpha * columns[f"{START}chosen"] / lengths
     hits = (margins > 0).double() + (margins == 0) / 2
     return Measure(loss=float(losses.mean()), margin=float(margins.mean()), accuracy=float(hits.mean()))
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`, at least 1."""
-    return next(one for one in range(min(limit, number), 0, -1) if number % one == 0)
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _pairs_per_process(run: TrainRun) -> int:
-    pairs, rest = divmod(run.settings.batch_size, _processes())
-    if rest:
-        raise InvalidRequest(f"batch_size is {run.settings.batch_size}: it must be a multiple of the {_processes()} processes")
-    return pairs
-
-
-def _dtype(run: TrainRun) -> torch.dtype:
-    """A CPU without bfloat16 instructions takes four times as long in bfloat16 as in float32."""
-    if run.dtype != "auto":
-        return torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
-    fast = torch.accelerator.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _pad_token(tokenizer: Any) -> int:

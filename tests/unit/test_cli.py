@@ -18,6 +18,8 @@ COMMANDS = [
     "generate",
     "conflicts",
     "score",
+    "sft",
+    "train",
     *(f"jobs {name}" for name in ("submit", "list", "show", "watch", "cancel")),
     *(f"policies {name}" for name in ("list", "show", "activate", "import")),
     *(f"queue {name}" for name in ("show", "requeue")),
@@ -35,7 +37,8 @@ def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
     assert f"Usage: root {command}" in result.stdout
     text = " ".join(result.stdout.split())
     assert len(text) > 150
-    if command in ("generate", "demo", "conflicts", "score", "jobs submit", "policies import", "queue show", "queue requeue"):
+    shown = ("generate", "demo", "conflicts", "score", "train", "jobs submit", "policies import", "queue show", "queue requeue")
+    if command in shown:
         assert f"sipo {command} " in text, "an example"
 
 

@@ -24,10 +24,11 @@ from trl import DPOConfig, DPOTrainer
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
 from sipo.prompts import PromptFormat
+from sipo.training.arguments import TARGETS
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
 from sipo.training.methods import modpo_margins
 from sipo.training.reporting import Reporter
-from sipo.training.run import TARGETS, build_trainer, train
+from sipo.training.run import build_trainer, train
 from sipo.training.settings import Failure, Progress, TrainMetrics, TrainRun, TrainSettings, write_run
 from sipo.training.trainer import PairTrainer
 

@@ -1,0 +1,121 @@
+"""`sipo train`: policies from a file, trained on this machine without any service, each run in a process of its own.
+
+The folder of the runs is all that is remembered: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from gateway.cli.console import complaints, console
+from gateway.cli.train_data import read_data
+from gateway.cli.train_plan import Base, Method, Options, Planner, method_for
+from gateway.cli.train_progress import Display
+from gateway.cli.train_runs import RUN, Runs
+from services.common.settings import CommonSettings, load
+from services.common.training import launch_command, run_child
+from sipo.policies import PolicyStore
+from sipo.training.presets import read_preset, read_settings
+from sipo.training.settings import TrainMetrics, TrainSettings
+
+
+def train(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Labelled data, as for `sipo conflicts`; or pairs: JSONL with prompt, chosen, rejected, as a job's.",
+        ),
+    ],
+    *,
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder of the runs, one in it for each policy.")],
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            help="dpo: a policy per objective from its labels (Eq. 2). sipo: those of --start go on with pairs (Eq. 8). "
+            "lw, modpo: one policy for --weights. Default: dpo for labelled data, sipo for pairs."
+        ),
+    ] = None,
+    start: Annotated[str | None, typer.Option(help="NAME or NAME:VERSION: what sipo goes on from; the margins of modpo.")] = None,
+    objectives: Annotated[str | None, typer.Option(help="Some of them, such as concise,warm. Default: all that there are.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Of lw and modpo, such as concise=0.4,warm=0.6.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Of modpo: whose pairs. Default: the heaviest's.")] = None,
+    preset: Annotated[str, typer.Option(help="small, or the paper's values: beavertails, helpsteer.")] = "small",
+    settings: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="YAML with any training settings; they win over the preset.")
+    ] = None,
+    accelerate: Annotated[
+        str | None, typer.Option(help="Several processes: a configuration of `accelerate launch`, or a shipped one's name.")
+    ] = None,
+    publish: Annotated[str | None, typer.Option(help="Policy name: the adapters of dpo or sipo become its next version.")] = None,
+) -> None:
+    """Train policies on a file. The same command again goes on where it was stopped.
+
+    A run's folder has run.yaml and pairs.jsonl, which it is made from; at its end metrics.json, and adapter/ with a model card and
+    the loss curve.
+
+    Examples:
+
+      sipo train labelled.jsonl --out runs/first --publish mine
+
+      sipo train pairs.jsonl --out runs/second --start mine:1 --publish mine
+
+      sipo train labelled.jsonl --out runs/lw --method lw --weights concise=0.4,warm=0.6
+    """
+    file = read_data(data)
+    options = Options(start=start, objectives=objectives, weights=weights, objective=objective, publish=publish)
+    chosen = method_for(method, file, options)
+    by_preset = read_preset(preset)
+    given = TrainSettings() if settings is None else read_settings(settings)
+    command = launch_command(accelerate)
+    common = load(CommonSettings)
+    store = PolicyStore(common.data_dir / "policies")
+    planner = Planner(Base.open(common), None if start is None else store.get(start), by_preset, given)
+    runs = Runs(out, planner.runs(chosen, file, options))
+    if publish is not None:
+        runs.check_publishable(publish)
+    runs.prepare()
+    try:
+        metrics = _train(runs, command)
+    except KeyboardInterrupt:
+        complaints.print(f"stopped: the same command goes on with what is in {out}", markup=False)
+        raise
+    _summarise(runs, metrics)
+    if publish is not None:
+        published = runs.publish(publish, chosen, store, planner.base, planner.start)
+        console.print(f"published {published.id}; make it current with `sipo policies activate {published.id}`")
+
+
+def _train(runs: Runs, command: Sequence[str]) -> dict[str, TrainMetrics]:
+    """By name; one run after the other."""
+    metrics = {}
+    with Display() as display:
+        for planned in runs.planned:
+            display.begin(planned.name, len(planned.pairs))
+            if (found := runs.finished(planned)) is not None:
+                metrics[planned.name] = found
+                display.end("was finished before")
+                continue
+            metrics[planned.name] = asyncio.run(run_child(runs.folder(planned) / RUN, display.tell, command))
+            display.end(f"finished after {metrics[planned.name].seconds:.0f} s")
+    return metrics
+
+
+def _summarise(runs: Runs, metrics: Mapping[str, TrainMetrics]) -> None:
+    columns = ("policy", "pairs", "validation", "loss before", "after", "accuracy before", "after", "seconds")
+    table = Table(*columns, box=None, header_style="bold")
+    for name, one in metrics.items():
+        measured = (f"{value:.3f}" for value in (one.before.loss, one.after.loss, one.before.accuracy, one.after.accuracy))
+        validation = one.validation_pairs if one.held_out else 0
+        table.add_row(name, str(one.pairs), str(validation), *measured, f"{one.seconds:.0f}")
+    console.print(table)
+    if not all(one.held_out for one in metrics.values()):
+        console.print("too few pairs to hold some out for validation: loss and reward accuracy are those of the training pairs")
+    for planned in runs.planned:
+        console.print(f"{planned.name}: {runs.folder(planned)}", markup=False)

@@ -1,0 +1,147 @@
+"""Supervised fine-tuning on all responses (the paper's first step), published as a new base: a whole model in float32.
+
+The policies of a set are deltas to one base, so a fine-tuned model is a base of its own, with its own hash: policies are aligned on
+it anew. Trained as a LoRA by TRL's SFTTrainer, merged in float32: in bfloat16 most of a small delta would be lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from sipo.errors import Conflict, InvalidRequest, TrainingFailed
+from sipo.models import model_sha256
+from sipo.preferences import Example
+from sipo.prompts import PromptFormat
+from sipo.training.arguments import TARGETS, batch_per_process, common_arguments, largest_divisor, precision
+from sipo.training.checkpoints import Checkpoints, last_checkpoint
+from sipo.training.data import HELD_OUT, MIN_PAIRS_TO_HOLD_OUT
+from sipo.training.records import draw_curve
+from sipo.training.reporting import Reporter
+from sipo.training.settings import CURVE, Progress, TrainSettings
+
+IGNORED = -100
+RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class SftRun:
+    """What is fine-tuned, and how; `base_name` is how the recipe names it."""
+
+    base: Path
+    base_name: str
+    prompt_format: PromptFormat
+    settings: TrainSettings
+
+
+@dataclass(frozen=True)
+class SftRows:
+    """Rows of input ids and labels (the response's ids, IGNORED before them)."""
+
+    train: list[dict[str, list[int]]]
+    validation: list[dict[str, list[int]]]
+    left_out: int
+
+
+def sft_rows(examples: Iterable[Example], prompt_format: PromptFormat, tokenizer: Any, settings: TrainSettings) -> SftRows:
+    """Each different response of each prompt, in the prompt format, cut at max_response_tokens. A prompt's responses stay on one
+    side of the split; prompts longer than max_prompt_tokens are left out and counted."""
+    by_prompt: dict[str, list[str]] = {}
+    for example in examples:
+        texts = by_prompt.setdefault(example.prompt, [])
+        texts += [text for text in (example.response_0, example.response_1) if text.strip() and text not in texts]
+    prompts = list(by_prompt)
+    random.Random(settings.seed).shuffle(prompts)
+    groups, left_out = [], 0
+    for prompt in prompts:
+        prompt_ids = prompt_format.prompt_ids(prompt, tokenizer)
+        if len(prompt_ids) > settings.max_prompt_tokens:
+            left_out += 1
+            continue
+        responses = [prompt_format.response_ids(text, tokenizer)[: settings.max_response_tokens] for text in by_prompt[prompt]]
+        groups.append([{"input_ids": prompt_ids + ids, "labels": [IGNORED] * len(prompt_ids) + ids} for ids in responses])
+    held_out = round(HELD_OUT * len(groups)) if len(groups) >= MIN_PAIRS_TO_HOLD_OUT else 0
+    validation, train = groups[:held_out], groups[held_out:]
+    return SftRows([row for group in train for row in group], [row for group in validation for row in group], left_out)
+
+
+def train_sft(run: SftRun, examples: Sequence[Example], out: Path, report: Callable[[Progress], None], *, cache_dir: Path) -> Path:
+    """Fine-tunes the base and leaves a whole float32 model in `out`, with recipe.json and loss.png: a new base.
+
+    A run that is killed goes on when it is started again with the same `out`, whose working files lie beside it. Raises Conflict if
+    `out` is there already, InvalidRequest if no row is usable, TrainingFailed if the loss diverges.
+    """
+    if out.exists():
+        raise Conflict(f"{out} is there already: name another folder")
+    settings = run.settings
+    tokenizer = AutoTokenizer.from_pretrained(run.base)
+    rows = sft_rows(examples, run.prompt_format, tokenizer, settings)
+    if not rows.train:
+        longest = settings.max_prompt_tokens
+        raise InvalidRequest(f"no response to train on: {rows.left_out} prompts are longer than {longest} tokens")
+    work = out.with_name(f".{out.name}.training")
+    trainer = _trainer(run, rows, tokenizer, work, Reporter("sft", report, 0))
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    loss = trainer.evaluate()["eval_loss"]
+    if not math.isfinite(loss):
+        raise TrainingFailed("the fine-tuning diverged in its last step: use a smaller learning_rate")
+    trainer.model.save_pretrained(work / "adapter")
+
+    # Beside the trained model, which may be in bfloat16: merged where nothing is lost.
+    plain = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, work / "adapter").merge_and_unload()
+    aside = work / "merged"
+    shutil.rmtree(aside, ignore_errors=True)
+    merged.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    draw_curve(aside / CURVE, "supervised fine-tuning", trainer.state.log_history)
+    recipe = {
+        "base": {"name": run.base_name, "sha256": model_sha256(run.base, cache_dir)},
+        "data_sha256": hashlib.sha256("".join(example.model_dump_json() for example in examples).encode()).hexdigest(),
+        "settings": settings.model_dump(mode="json"),
+        "rows": len(rows.train),
+        "validation_rows": len(rows.validation),
+        "prompts_too_long": rows.left_out,
+        "steps": trainer.state.global_step,
+        "loss": loss,
+        "sha256": model_sha256(aside, cache_dir),
+    }
+    (aside / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
+    aside.rename(out)
+    shutil.rmtree(work)
+    return out
+
+
+def _trainer(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: Reporter) -> SFTTrainer:
+    settings, dtype = run.settings, precision()
+    micro_batch = largest_divisor(batch_per_process(settings), settings.micro_batch_size)
+    args = SFTConfig(
+        **common_arguments(
+            settings, work, rows=len(rows.train), micro_batch=micro_batch, dtype=dtype, held_out=bool(rows.validation)
+        )
+    )
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype),
+        args=args,
+        train_dataset=Dataset.from_list(rows.train),
+        eval_dataset=Dataset.from_list(rows.validation or rows.train),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        callbacks=[reporter, Checkpoints(settings.checkpoint_steps)],
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
