@@ -194,13 +194,12 @@ class RewardModel:
         flat = hidden[:, packing.predictors].flatten(0, 1)
         wanted = packing.targets.repeat(rows)
         head = self._model.get_output_embeddings()
-        tokens = -torch.cat(
-            [
-                F.cross_entropy(head(some), targets, reduction="none")
-                for some, targets in zip(torch.split(flat, LOGIT_ROWS), torch.split(wanted, LOGIT_ROWS), strict=True)
-            ]
-        )
-        table = tokens.view(rows, -1).double()
+        # Into one tensor: small results kept from block to block would lie in the holes that large logits leave on the heap, and
+        # the next ones would not fit there any more.
+        losses = torch.empty(len(flat), device=flat.device)
+        for into, some, targets in zip(*(torch.split(whole, LOGIT_ROWS) for whole in (losses, flat, wanted)), strict=True):
+            into.copy_(F.cross_entropy(head(some), targets, reduction="none"))
+        table = -losses.view(rows, -1).double()
         return torch.stack([table[:, start:stop].sum(dim=1) for start, stop in packing.responses], dim=1).cpu()
 
     @torch.inference_mode()

@@ -125,6 +125,17 @@ def test_no_tensor_has_a_vocabulary_for_every_position(base: Path, store: Policy
     assert seen.vocabularies == LOGIT_ROWS < tokens / 10
 
 
+def test_three_objectives_have_three_policies_and_the_soups_of_their_grid(base: Path, tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path / "policies")
+    targets: dict[str, tuple[str, ...]] = {"helpful": TARGETS, "harmless": ("q_proj", "o_proj"), "brief": ("down_proj",)}
+    policy_set = publish_random(store, base, tmp_path, targets, base_sha256="tiny", prompt_format=RAW)
+    soups = sampling_weights(list(targets))
+    answers = responses(3, seed=7)
+    found = score(RewardModel.load(base, store, base_sha256="tiny"), "demo:1", PROMPT, answers, soups)
+    assert len(found[0]) == 3 + 4  # uniform, and the midpoint of every two
+    assert_close(found, rewards_one_by_one(base, policy_set, PROMPT, answers, soups))
+
+
 def test_soups_beside_them_change_no_reward_of_the_policies(model: RewardModel) -> None:
     answers = responses(3, seed=2)
     alone = score(model, "demo:1", PROMPT, answers)
