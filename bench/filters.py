@@ -1,6 +1,6 @@
 """What each filter lets through: `make bench-filter`.
 
-One round on the conflicting prompts that the shipped policies were not trained on, whose candidates are then chosen among by every
+One round on conflicting prompts that the shipped policies were not trained on, whose candidates are then chosen among by every
 rule in turn. The bundled data's objectives are functions, so it can be told which chosen responses are truly better than both
 originals on both objectives.
 """
@@ -44,6 +44,7 @@ OPTIONS: dict[str, Filter] = {
     "ground truth beside r_Π and r_W": Filter(reward_models=list(REWARDS)),
 }
 
+PROMPTS = 24
 Tokens = Callable[[str], int]
 
 
@@ -108,15 +109,15 @@ def truly_better(example: Example, text: str, objective: str | None) -> bool:
 
 
 def decide() -> list[PromptDecided]:
-    """The decisions of a round on all held-out conflicting prompts, in a data folder of its own."""
+    """The decisions of a round on held-out conflicting prompts, in a data folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         settings = GatewaySettings(host="127.0.0.1", data_dir=Path(folder))
         source = bundled_input(settings)
         spec = source.spec.model_copy(
             update={"max_prompts": None, "stop_after": "pairs", "activate": False, "filter": Filter(keep_truncated=True)}
         )
-        prompts = [one for split in HELD_OUT for one in bundled_examples(split) if one.conflicting(source.objectives)]
-        job = asyncio.run(run_round(settings, replace(source, spec=spec, examples=prompts)))
+        held_out = [one for split in HELD_OUT for one in bundled_examples(split) if one.conflicting(source.objectives)]
+        job = asyncio.run(run_round(settings, replace(source, spec=spec, examples=held_out[:PROMPTS])))
         return DecisionLog(settings.data_dir / "jobs" / job.id).read(1)
 
 

@@ -25,7 +25,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SERVED_DECODER = ("test_decoder.py", "test_decoder_fuzz.py", "test_decoder_parity.py", "test_decoder_sampling.py")
 """The files whose tests share one running decoder, which takes most of a minute to start."""
-LONGEST = (*SERVED_DECODER, "test_stack.py", "test_decoder_architectures.py", "test_trainer_service.py")
+LONGEST = (
+    *SERVED_DECODER,
+    "test_stack.py",
+    "test_decoder_architectures.py",
+    "test_cli_train.py",
+    "test_training_run.py",
+    "test_trainer_service.py",
+)
 
 
 class FilesTogether(LoadScopeScheduling):

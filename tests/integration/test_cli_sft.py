@@ -40,7 +40,7 @@ def test_the_new_base_is_a_model_with_its_own_hash_and_recipe(environment: dict[
     assert "the new base is " in done.output
     assert "training 1/2, loss " in done.output
     again = sft(tmp_path, environment, rows)
-    assert (again.exit_code, "is there already: name another folder" in again.output) == (2, True)
+    assert (again.exit_code, "is there already: name another folder" in again.output) == (1, True)
 
 
 def test_pairs_are_refused(environment: dict[str, str], tmp_path: Path) -> None:

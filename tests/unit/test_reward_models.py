@@ -28,7 +28,6 @@ from transformers import (
 from sipo.errors import InvalidRequest, NotFound, SipoError, Unavailable
 from sipo.evaluation.ground_truth import concise, warm
 from sipo.evaluation.reward_models import open_reward_model
-from sipo.models import BUNDLED_MODEL
 
 PROMPT = "How long does an egg boil?"
 RESPONSES = ["Eight minutes, dear.", "", "Ask your own hen, as I do every day, or buy a watch.", "8"]
@@ -225,8 +224,6 @@ def test_a_value_that_is_not_finite_is_passed_on(make_llama: MakeClassifier) -> 
 def test_a_model_without_a_trained_head_is_no_reward_model(tiny_base: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"its weights lack score\.weight"):
         open_reward_model(f"hf:{tiny_base}")
-    with pytest.raises(InvalidRequest, match="is a language model"):
-        open_reward_model(f"hf:{BUNDLED_MODEL}")
 
 
 def test_a_classifier_that_is_not_there_is_not_found(make_llama: MakeClassifier, tmp_path_factory: pytest.TempPathFactory) -> None:
