@@ -506,3 +506,11 @@ def test_two_processes_train_as_one_does(run: TrainRun, tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_and_a_batch_larger_than_the_data_change_no_loss(run: TrainRun, tmp_path: Path) -> None:
+    _, plain = go(changed(run, batch_size=6, epochs=2), tmp_path / "plain")
+    checkpointed = changed(run, batch_size=32, micro_batch_size=2, epochs=2, gradient_checkpointing=True)
+    metrics, steps = go(checkpointed, tmp_path / "large")
+    assert metrics.steps == 2
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in plain], abs=1e-5)
