@@ -13,9 +13,10 @@ from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
 from sipo.models import model_sha256, resolve_model
 from sipo.policies import BaseModelRef, Draft, PolicyStore
+from sipo.preferences import format_weights, normalize_weights, parse_weights
 from sipo.prompts import PromptFormat
 
-app = typer.Typer(no_args_is_help=True, help="List, inspect, activate and import policy sets (in SIPO_DATA_DIR).")
+app = typer.Typer(no_args_is_help=True, help="List, inspect, activate, import and merge policy sets (in SIPO_DATA_DIR).")
 
 
 @app.command("list")
@@ -106,6 +107,38 @@ def import_adapters(
     published = _store().publish(draft, folders, base, activate=activate)
     hint = "it is current" if activate else f"make it current with `sipo policies activate {published.id}`"
     console.print(f"published {published.id}; {hint}")
+
+
+@app.command()
+def soup(
+    policy_set: Annotated[str, typer.Argument(help="demo (its current set) or demo:2.")],
+    *,
+    weights: Annotated[str, typer.Option(help="Such as concise=0.7,warm=0.3.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="A folder that is not there yet.")],
+    interpolate: Annotated[
+        bool, typer.Option("--interpolate", help="A and B apart, as the paper's code merges; otherwise exactly.")
+    ] = False,
+) -> None:
+    """Merge a set's policies at weights into one PEFT adapter, to be used anywhere.
+
+    Here it is not needed: a request with "mode": "soup" gets the exact merge at any weights.
+
+    Example:
+
+      sipo policies soup demo --weights concise=0.7,warm=0.3 --out soup
+    """
+    chosen = _store().get(policy_set)
+    wanted = normalize_weights(parse_weights(weights, param="weights"), chosen.objectives, param="weights")
+    if out.exists():
+        raise InvalidRequest(f"{out} is there already: name another folder")
+
+    from sipo.lora import load_adapter
+    from sipo.soups import exact_soup, interpolated_soup, save_adapter
+
+    adapters = {objective: load_adapter(chosen.adapter_dir(objective)) for objective in chosen.objectives}
+    merged = (interpolated_soup if interpolate else exact_soup)(adapters, wanted)
+    save_adapter(merged, out, chosen.manifest.base.name)
+    console.print(f"wrote the soup of {chosen.id} at {format_weights(wanted)} to {out}", markup=False)
 
 
 def _store() -> PolicyStore:

@@ -21,7 +21,7 @@ COMMANDS = [
     "sft",
     "train",
     *(f"jobs {name}" for name in ("submit", "list", "show", "watch", "cancel")),
-    *(f"policies {name}" for name in ("list", "show", "activate", "import")),
+    *(f"policies {name}" for name in ("list", "show", "activate", "import", "soup")),
     *(f"queue {name}" for name in ("show", "requeue")),
 ]
 
