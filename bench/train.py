@@ -18,7 +18,6 @@ however many pairs it has, is left out on both sides: loading, and, for ours, TR
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import platform
@@ -52,6 +51,7 @@ from tests.decoder import random_adapter
 
 OBJECTIVE = "warm"
 PAIRS, BATCH = 16, 4
+ROUNDS = 3
 ALPHA = 0.1
 SETTINGS = TrainSettings(alpha=0, batch_size=BATCH, max_pairs=PAIRS)
 
@@ -213,15 +213,15 @@ def make_pairs(base: Path) -> tuple[TokenisedPairs, list[dict[str, str]]]:
     return data, rows
 
 
-def race(name: str, run: TrainRun, data: TokenisedPairs, rows: list[dict[str, str]], rounds: int) -> list[list[Epoch]]:
+def race(name: str, run: TrainRun, data: TokenisedPairs, rows: list[dict[str, str]]) -> list[list[Epoch]]:
     """Ours and the plain ones, an epoch a round."""
     with Process.start(Ours, run, data) as ours, Process.start(Plain, run, rows) as plain:
         epochs: list[list[Epoch]] = [[], []]
-        for number in range(rounds):
+        for number in range(ROUNDS):
             for contestant, its in zip((ours, plain), epochs, strict=True):
                 its.append(contestant.ask("epoch"))
             seconds = {"pass": epochs[0][-1].reference, "epoch": epochs[0][-1].whole, "plain epoch": epochs[1][-1].whole}
-            print(f"{name}, round {number + 1} of {rounds}", {key: round(value, 1) for key, value in seconds.items()}, flush=True)
+            print(f"{name}, round {number + 1} of {ROUNDS}", {key: round(value, 1) for key, value in seconds.items()}, flush=True)
     return epochs
 
 
@@ -249,7 +249,7 @@ def speeds(name: str, epochs: list[Epoch], tokens: int) -> list[Figure]:
     ]
 
 
-def compare(base: Path, rounds: int) -> list[Figure]:
+def compare(base: Path) -> list[Figure]:
     data, rows = make_pairs(base)
     first = TrainRun(
         objective=OBJECTIVE,
@@ -261,8 +261,8 @@ def compare(base: Path, rounds: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         start = random_adapter(base, Path(folder) / OBJECTIVE, seed=0, rank=SETTINGS.lora_rank, scale=0.02)
         again = first.model_copy(update={"start": start, "settings": SETTINGS.model_copy(update={"alpha": ALPHA})})
-        ours, plain = race("DPO", first, data, rows, rounds)
-        ours8, plain8 = race("Eq. 8", again, data, rows, rounds)
+        ours, plain = race("DPO", first, data, rows)
+        ours8, plain8 = race("Eq. 8", again, data, rows)
 
     tokens = sum(2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in data.train)
     losses = [[loss for epoch in epochs for loss in epoch.losses] for epochs in (ours + ours8, plain + plain8)]
@@ -278,14 +278,11 @@ def compare(base: Path, rounds: int) -> list[Figure]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
     os.environ |= KEEP_MEMORY | {"TQDM_DISABLE": "1"}  # read when a process starts: of use to the contestants, not here
     base = resolve_model(BUNDLED_MODEL, CACHE)
     how = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} cores"
-    machine = f"{platform.machine()}, {how}, SmolLM2-135M, {PAIRS} pairs, {BATCH} a step, {rounds} rounds"
-    report("train", machine, compare(base, rounds))
+    machine = f"{platform.machine()}, {how}, SmolLM2-135M, {PAIRS} pairs, {BATCH} a step, {ROUNDS} rounds"
+    report("train", machine, compare(base))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from sipo.errors import NotFound
+from sipo.files import write_atomically
 
 BUNDLED_MODEL = "smollm2-135m"
 
@@ -63,15 +63,6 @@ def model_sha256(folder: Path, cache_dir: Path) -> str:
     cached.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(cached, total.hexdigest())
     return total.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the whole new one, after a power cut too."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
 
 
 def _bundled_model(cache_dir: Path) -> Path:

@@ -11,7 +11,6 @@ again.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, NotFound
+from sipo.files import sync
 from sipo.preferences import Weights, check_objectives, uniform_weights
 from sipo.prompts import PromptFormat
 
@@ -176,7 +176,7 @@ class PolicyStore:
             link = Path(aside) / "current"
             link.symlink_to(str(chosen.manifest.version))
             link.rename(folder / "current")
-        _sync(folder)
+        sync(folder)
         return chosen
 
     def publish(self, draft: Draft, adapters: Mapping[str, Path], base: Path, *, activate: bool = False) -> PolicySet:
@@ -202,8 +202,8 @@ class PolicyStore:
                 manifest = Manifest(**draft.model_dump(), version=version, created=datetime.now(UTC), adapters=refs)
                 (aside / "manifest.json").write_text(manifest.model_dump_json(indent=1))
                 for path in aside.rglob("*"):
-                    _sync(path)
-                _sync(aside)
+                    sync(path)
+                sync(aside)
                 aside.chmod(0o755)
                 try:
                     aside.rename(home / str(version))
@@ -212,7 +212,7 @@ class PolicyStore:
                     # Somebody else published this version in the meantime: take the next one.
                     if not (home / str(version)).is_dir():
                         raise
-            _sync(home)
+            sync(home)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return self.activate(manifest.id) if activate else self._read(home / str(version))
@@ -256,11 +256,3 @@ def _sweep(home: Path) -> None:
         with suppress(FileNotFoundError):  # its publisher lives, and has just finished
             if time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

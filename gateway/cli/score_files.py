@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from gateway.cli.console import complaints
-from sipo.datasets import read_source
-from sipo.errors import InvalidData, InvalidRequest
-from sipo.preferences import ObjectiveName
+from gateway.cli.own_rows import read_rows_or_examples
+from sipo.errors import InvalidRequest
+from sipo.preferences import Example, ObjectiveName
 
 LINE_START = b'{"policy_set":'
 """Of a ScoredRow: what does not begin so is no torn line of ours."""
@@ -58,36 +56,13 @@ def check_out(out: Path | None, resume: bool) -> None:
 
 def read_rows(data: str) -> list[Row]:
     """The rows of our own format or of a labelled one."""
-    try:
-        if (rows := _own_rows(Path(data).expanduser())) is not None:
-            return rows
-        reading = read_source(data)
-    except OSError as error:
-        raise InvalidRequest(f"cannot read {data}: {error}") from error
-    for reason, count in reading.left_out.items():
-        complaints.print(f"left out: {count} times {reason}")
-    return [Row(prompt=one.prompt, responses=[one.response_0, one.response_1], labels=one.labels) for one in reading.examples]
-
-
-def _own_rows(path: Path) -> list[Row] | None:
-    """None if the first row has no `responses`: then it is in another format, if in any."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        return None
-    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
-    try:
-        first = json.loads(lines[0][1]) if lines else {}
-    except ValueError:
-        return None
-    return [_row(number, line) for number, line in lines] if isinstance(first, dict) and "responses" in first else None
-
-
-def _row(number: int, line: bytes) -> Row:
-    try:
-        return Row.model_validate_json(line)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = "".join(f"{part}: " for part in fault["loc"])
-        raise InvalidData(f"{where}{fault['msg']}; a row needs a prompt and responses, a list of texts", line=number) from error
+    found = read_rows_or_examples(data, Row, {"responses"}, "a row needs a prompt and responses, a list of texts")
+    return [
+        Row(prompt=one.prompt, responses=[one.response_0, one.response_1], labels=one.labels)
+        if isinstance(one, Example)
+        else one[1]
+        for one in found
+    ]
 
 
 def scored_before(out: Path, rows: Sequence[Row], policy_set: str, length_normalized: bool, names: set[str]) -> list[ScoredRow]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from gateway.cli.console import complaints
-from sipo.datasets import read_source
-from sipo.errors import InvalidData, InvalidRequest
+from gateway.cli.own_rows import read_rows_or_examples
+from sipo.errors import InvalidData
 from sipo.preferences import Example, ObjectiveName
 from sipo.training.data import TrainingPair
 
@@ -55,35 +52,6 @@ class Pairs:
 
 def read_data(data: str) -> Labelled | Pairs:
     """The first row's columns tell which. Raises InvalidData for the first wrong line, NotFound if there is no such file."""
-    try:
-        if (pairs := _pairs(Path(data).expanduser())) is not None:
-            return pairs
-        reading = read_source(data)
-    except OSError as error:
-        raise InvalidRequest(f"cannot read {data}: {error}") from error
-    for reason, count in reading.left_out.items():
-        complaints.print(f"left out: {count} times {reason}")
-    return Labelled(reading.examples)
-
-
-def _pairs(path: Path) -> Pairs | None:
-    """None if the first row has not both `chosen` and `rejected`: then it is labelled data, if anything."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        return None
-    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
-    try:
-        first = json.loads(lines[0][1]) if lines else {}
-    except ValueError:
-        return None
-    if not isinstance(first, dict) or not {"chosen", "rejected"} <= first.keys():
-        return None
-    return Pairs([(number, _row(number, line)) for number, line in lines])
-
-
-def _row(number: int, line: bytes) -> PairRow:
-    try:
-        return PairRow.model_validate_json(line)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = "".join(f"{part}: " for part in fault["loc"])
-        raise InvalidData(f"{where}{fault['msg']}; a pair needs prompt, chosen and rejected, each a text", line=number) from error
+    found = read_rows_or_examples(data, PairRow, {"chosen", "rejected"}, "a pair needs prompt, chosen and rejected, each a text")
+    pairs = [one for one in found if not isinstance(one, Example)]
+    return Pairs(pairs) if pairs else Labelled([one for one in found if isinstance(one, Example)])

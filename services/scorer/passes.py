@@ -58,12 +58,9 @@ class Passes:
         await end_tasks(self._task)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def score(self, policy_set: str, group: Group, soups: Sequence[Weights] = ()) -> list[Rewards]:
-        """RewardModel.score for one group. `policy_set` is a set's id: a name's current set may change while pieces wait."""
-        return [rewards async for some in self.stream(policy_set, group, soups) for rewards in some]
-
     async def stream(self, policy_set: str, group: Group, soups: Sequence[Weights] = ()) -> AsyncIterator[list[Rewards]]:
-        """The same in the order of the responses, as they are done."""
+        """RewardModel.score for one group, in the order of its responses, as they are done. `policy_set` is a set's id: a name's
+        current set may change while pieces wait."""
         ahead: deque[asyncio.Future[list[Rewards]]] = deque()
         try:
             for piece in group.cut(self.model.token_budget):

@@ -13,6 +13,7 @@ from typing import Literal
 
 from services.common.messages import PromptDecided
 from sipo.errors import Conflict, NotFound
+from sipo.files import sync
 
 DECISIONS = "decisions.jsonl"
 
@@ -52,7 +53,7 @@ class DecisionLog:
             file.flush()
             os.fsync(file.fileno())
         if created:
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
         self.outcomes = outcomes
 
     def read(self, round_: int | None = None) -> list[PromptDecided]:
@@ -85,12 +86,3 @@ def _cut_torn_line(path: Path) -> None:
         if whole < len(content):
             file.truncate(whole)
             os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """After it, files that were made or renamed in the folder are there even if the machine stops."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -154,7 +154,7 @@ class Lifecycle:
         decisions = await self._decisions(job)
         if job.spec.stop_after == "pairs" and any(decision.outcome == "accepted" for decision in decisions):
             return await self._complete(job, decisions, None)
-        reason = why_not_trainable(decisions, self.stages.objectives(job))
+        reason = why_not_trainable(decisions, self.stages.objectives(job), job.spec.preferences)
         if reason and job.round > 1:  # what the rounds before published is worth keeping
             reason = f"round {job.round} of {job.spec.rounds} gave nothing to train on: {reason}"
             return await self._complete(job, decisions, job.policy_set, reason)

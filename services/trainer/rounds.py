@@ -19,10 +19,9 @@ from services.common.job_store import Job
 from services.common.messages import PromptDecided
 from services.common.reports import Funnel, GroundTruth, Report, RoundReport
 from services.common.training import run_child
-from services.trainer.decisions import sync_folder
 from sipo.errors import Conflict
 from sipo.evaluation.ground_truth import REWARDS
-from sipo.models import write_atomically
+from sipo.files import sync, write_atomically
 from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
@@ -136,7 +135,7 @@ class Stages:
             reason=reason,
         )
         write_atomically(path, report.model_dump_json(indent=1))
-        sync_folder(path.parent)
+        sync(path.parent)
         return report
 
     def objectives(self, job: Job) -> list[str]:
@@ -238,9 +237,9 @@ def funnel(decisions: Sequence[PromptDecided]) -> Funnel:
     )
 
 
-def why_not_trainable(decisions: Sequence[PromptDecided], objectives: Iterable[str]) -> str | None:
+def why_not_trainable(decisions: Sequence[PromptDecided], objectives: Iterable[str], design: Design = "both") -> str | None:
     """None if every objective has pairs, otherwise one sentence from the filter's figures, and what might help."""
-    without = [objective for objective in objectives if not pareto_pairs_of(decisions, objective)]
+    without = [objective for objective in objectives if not pareto_pairs_of(decisions, objective, design)]
     if not without:
         return None
     figures = funnel(decisions)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sipo.files import sync
 
 CHECKPOINTS = "checkpoints"
 WHOLE = "whole"
@@ -28,9 +29,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for path in [*folder.iterdir(), folder]:
-            _sync(path)
+            sync(path)
         (folder / WHOLE).touch()
-        _sync(folder)
+        sync(folder)
 
 
 def last_checkpoint(run: Path) -> str | None:
@@ -42,11 +43,3 @@ def last_checkpoint(run: Path) -> str | None:
         else:
             shutil.rmtree(folder, ignore_errors=True)
     return str(found[max(found)]) if found else None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

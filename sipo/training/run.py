@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 from trl import DPOConfig
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
+from sipo.files import write_atomically
 from sipo.training.arguments import TARGETS, batch_per_process, common_arguments, largest_divisor, precision, processes
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
@@ -109,7 +109,7 @@ def _train(
     if trainer.is_world_process_zero():
         _save_adapter(trainer.model, folder / ADAPTER, run.base_name)
         write_records(folder, run, metrics, trainer.state.log_history)
-        _write_synced(folder / METRICS, metrics.model_dump_json(indent=1))
+        write_atomically(folder / METRICS, metrics.model_dump_json(indent=1))
         for name in (CHECKPOINTS, ROWS):
             shutil.rmtree(folder / name, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -221,12 +221,3 @@ def _save_adapter(model: Any, target: Path, base_name: str) -> None:
     shutil.rmtree(target, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = base_name
     model.save_pretrained(target)  # with PEFT's empty model card, which ours replaces
-
-
-def _write_synced(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)

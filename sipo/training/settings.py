@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sipo.errors import InvalidRequest
+from sipo.files import write_atomically
 from sipo.preferences import ObjectiveName
 from sipo.prompts import PromptFormat
 
@@ -139,5 +140,5 @@ def read_run(path: Path) -> TrainRun:
 def write_run(folder: Path, run: TrainRun) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_atomically(path, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return path

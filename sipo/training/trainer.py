@@ -3,7 +3,6 @@ and may be shifted, and checkpoints that can be resumed. No training loop of our
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from sipo.files import sync
 from sipo.training.losses import nll_per_response, opposing_weight_term
 from sipo.training.settings import Margin
 from sipo.training.shared_prompt import share_prompts
@@ -84,8 +84,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
             if self.is_world_process_zero():
                 aside = path.with_name(f".{path.name}")
                 save_file(kept, aside)
-                with aside.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(aside)
                 aside.rename(path)
             self.accelerator.wait_for_everyone()
         columns = load_file(path)

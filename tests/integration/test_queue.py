@@ -385,21 +385,26 @@ async def test_a_batch_that_takes_longer_than_the_grace_is_handed_back_uncounted
 async def test_consumers_of_one_process_work_side_by_side_and_stop_together(redis: Redis) -> None:
     for i in range(4):
         await Queue(redis).put(PROMPTS, queued(i))
+    clock = asyncio.get_running_loop().time
     at_work, together = 0, asyncio.Event()
+    ended: list[float] = []
 
     async def forever(batch: list[Delivery[PromptQueued]]) -> None:
         nonlocal at_work
         at_work += 1
         if at_work == 3:
             together.set()
-        await asyncio.sleep(60)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(clock())
 
-    clock = asyncio.get_running_loop().time
-    async with consuming([consumer(redis) for _ in range(3)], forever, grace=0.5):
+    async with consuming([consumer(redis) for _ in range(3)], forever, grace=1):
         await asyncio.wait_for(together.wait(), 30)
         begin = clock()
-    assert 0.5 <= clock() - begin < 1.4, "the grace is given once"
-    assert at_work == 3, "nobody takes another while stopping"
+    assert at_work == len(ended) == 3, "nobody takes another while stopping"
+    assert min(ended) - begin >= 1
+    assert max(ended) - min(ended) < 1, "one after the other, each would have had a grace of its own"
 
 
 async def test_a_consumer_that_dies_of_a_bug_ends_the_process(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

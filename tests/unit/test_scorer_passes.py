@@ -52,6 +52,10 @@ def group(prompt: int, responses: int = 1, length: int = 9) -> Group:
     return Group([prompt], [[index, *[0] * (length - 1)] for index in range(responses)])
 
 
+async def score(passes: Passes, policy_set: str, asked: Group, soups: Sequence[Weights] = ()) -> list[Rewards]:
+    return [rewards async for some in passes.stream(policy_set, asked, soups) for rewards in some]
+
+
 async def begun(passes: Passes, *asked: Any) -> list[asyncio.Task[list[Rewards]]]:
     """All wait for rewards, the first of them in the model's hands."""
     tasks = []
@@ -64,7 +68,7 @@ async def begun(passes: Passes, *asked: Any) -> list[asyncio.Task[list[Rewards]]
 async def test_what_waits_for_the_same_models_shares_a_pass_as_far_as_the_budget_holds_it(
     model: AskedModel, passes: Passes
 ) -> None:
-    tasks = await begun(passes, *(passes.score("s:1", group(prompt, responses=3), [SOUP]) for prompt in range(1, 6)))
+    tasks = await begun(passes, *(score(passes, "s:1", group(prompt, responses=3), [SOUP]) for prompt in range(1, 6)))
     model.go.set()
     for found in await asyncio.gather(*tasks):
         assert found == [{"a": 0.0}, {"a": 1.0}, {"a": 2.0}]
@@ -73,15 +77,15 @@ async def test_what_waits_for_the_same_models_shares_a_pass_as_far_as_the_budget
 
 async def test_other_sets_and_other_soups_have_passes_of_their_own(model: AskedModel, passes: Passes) -> None:
     asked = [("s:1", []), ("s:1", [SOUP]), ("s:2", [SOUP]), ("s:2", [SOUP])]
-    tasks = await begun(passes, *(passes.score(name, group(index), soups) for index, (name, soups) in enumerate(asked)))
+    tasks = await begun(passes, *(score(passes, name, group(index), soups) for index, (name, soups) in enumerate(asked)))
     model.go.set()
     await asyncio.gather(*tasks)
     assert model.passes == [("s:1", 0, [0]), ("s:1", 1, [1]), ("s:2", 1, [2, 3])]
 
 
 async def test_a_caller_with_many_responses_lets_others_in_between(model: AskedModel, passes: Passes) -> None:
-    long = passes.score("s:1", group(1, responses=200))
-    tasks = await begun(passes, long, passes.score("s:2", group(2)))
+    long = score(passes, "s:1", group(1, responses=200))
+    tasks = await begun(passes, long, score(passes, "s:2", group(2)))
     model.go.set()
     found = await asyncio.gather(*tasks)
     assert [one["a"] for one in found[0]] == list(range(200))
@@ -89,7 +93,7 @@ async def test_a_caller_with_many_responses_lets_others_in_between(model: AskedM
 
 
 async def test_an_error_is_that_of_its_own_caller(model: AskedModel, passes: Passes) -> None:
-    tasks = await begun(passes, *(passes.score("s:1", group(prompt)) for prompt in (1, 12, 13, 14)))
+    tasks = await begun(passes, *(score(passes, "s:1", group(prompt)) for prompt in (1, 12, 13, 14)))
     model.go.set()
     found = await asyncio.gather(*tasks, return_exceptions=True)
     assert [str(one) if isinstance(one, ValueError) else len(one) for one in found if isinstance(one, (ValueError, list))] == [
@@ -101,9 +105,9 @@ async def test_an_error_is_that_of_its_own_caller(model: AskedModel, passes: Pas
 
 
 async def test_what_a_caller_that_left_waited_for_is_not_computed(model: AskedModel, passes: Passes) -> None:
-    (long,) = await begun(passes, passes.score("s:1", group(1, responses=200)))
+    (long,) = await begun(passes, score(passes, "s:1", group(1, responses=200)))
     long.cancel()
     await asyncio.wait([long])
     model.go.set()
-    await passes.score("s:2", group(2))
+    await score(passes, "s:2", group(2))
     assert model.passes == [("s:1", 0, [1]), ("s:2", 0, [2])]
