@@ -55,6 +55,7 @@ def sampling_plan(job: Job) -> SamplingPlan:
         reward_set=job.reward_set,
         weights=spec.weights or sampling_weights(spec.objectives),
         review_weights=spec.review_weights or uniform_weights(spec.objectives),
+        mode=spec.mode,
         refine=spec.refine,
         samples_per_weight=spec.samples_per_weight,
         teachers=spec.teachers,

@@ -128,8 +128,12 @@ class Chain:
         return self.queued.example.prompt
 
     def _common(self, stage: str) -> dict[str, Any]:
-        seed = seed_of(self.queued, self.place, stage)
-        return {"policy_set": self.policies.id, "temperature": self.plan.temperature, "seed": seed}
+        return {
+            "policy_set": self.policies.id,
+            "mode": self.plan.mode,
+            "temperature": self.plan.temperature,
+            "seed": seed_of(self.queued, self.place, stage),
+        }
 
     def _candidate(self, written: Completion, stage: Literal["sample", "rewrite"], review: str | None) -> Candidate:
         return Candidate(

@@ -26,6 +26,9 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 MODES = ("mod", "soup", "base")
 """The words that a request's `mode` has besides the objectives: no objective may be called so."""
 
+SamplingMode = Literal["mod", "soup"]
+"""How policies are joined at a weight: their logits mixed, or their parameters averaged."""
+
 ObjectiveName = Annotated[str, StringConstraints(pattern=rf"^{_NAME.pattern}$")]
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from services.common.replicas import replica_client
 from services.common.settings import Teacher
 from sipo.errors import Conflict, InvalidRequest, NotFound, SipoError, Unavailable
-from sipo.preferences import Weights
+from sipo.preferences import SamplingMode, Weights
 
 TIMEOUT = httpx.Timeout(600, connect=5)  # seconds; an answer on a loaded CPU takes minutes
 
@@ -89,6 +89,7 @@ class DecoderClient(ServiceClient):
         max_tokens: int,
         weights: Weights | None = None,
         policy_set: str | None = None,
+        mode: SamplingMode | None = None,
         temperature: float = 1.0,
         seed: int | None = None,
         n: int = 1,
@@ -97,14 +98,15 @@ class DecoderClient(ServiceClient):
     ) -> list[Completion]:
         """`n` answers to chat messages, or continuations of a raw prompt (text, or the token ids themselves).
 
-        `weights` mix the policies of `policy_set` (default: uniform, and the current set). A `stop` string ends an
-        answer and is left out of its text, but not of its token ids.
+        `weights` join the policies of `policy_set` (default: uniform, and the current set) as `mode` says (default: MOD).
+        A `stop` string ends an answer and is left out of its text, but not of its token ids.
         """
         chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         body = {
             "messages" if chat else "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "preference_weights": weights,
             "policy_set": policy_set,
+            "mode": mode,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
@@ -126,11 +128,12 @@ class DecoderClient(ServiceClient):
 
 
 class Asked(TypedDict):
-    """For whom the reviewer writes, and how. `weights` mix the policies: w_e for a review, w_m for a rewrite."""
+    """For whom the reviewer writes, and how. `weights` join the policies: w_e for a review, w_m for a rewrite."""
 
     objectives: Sequence[str]
     weights: Weights
     policy_set: str
+    mode: NotRequired[SamplingMode]
     max_tokens: int
     temperature: NotRequired[float]
     seed: NotRequired[int | None]

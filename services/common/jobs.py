@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from sipo.preferences import ObjectiveName, Weights
+from sipo.preferences import ObjectiveName, SamplingMode, Weights
 from sipo.selection import Filter
 from sipo.training.data import Design
 from sipo.training.settings import TrainSettings
@@ -68,6 +68,10 @@ class JobSpec(Request):
         default="first",
         description="whose rewards decide. first: those of the first alignment, as later policies have seen their own samples; "
         "latest: those that the round starts from",
+    )
+    mode: SamplingMode = Field(
+        default="mod",
+        description="how the policies are joined at each weight when they sample, review and rewrite: mixed logits, or a soup",
     )
     refine: bool = True
     samples_per_weight: int = Field(default=1, ge=1, le=16)

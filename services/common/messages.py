@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sipo.preferences import Example, Weights
+from sipo.preferences import Example, SamplingMode, Weights
 from sipo.selection import Chosen, Filter
 
 
@@ -28,6 +28,7 @@ class SamplingPlan(Record):
     reward_set: str = Field(description="policy set whose implicit rewards decide, e.g. 'demo:1'")
     weights: list[Weights] = Field(min_length=1, description="W without its vertices: one sample each")
     review_weights: Weights = Field(description="w_e of Eq. 4")
+    mode: SamplingMode = Field(default="mod", description="how the policies are joined at a weight")
     refine: bool = Field(description="False: samples only, no review and rewrite (the paper's SIPO - refine)")
     samples_per_weight: int = Field(ge=1, le=16)
     teachers: dict[str, int] = Field(default={}, description="answers of each teacher (SIPO_TEACHERS) beside the policies' samples")

@@ -19,7 +19,7 @@ from services.common.clients import JOB_PRIORITY, Completion, DecoderClient
 from services.reviewer.settings import ReviewerSettings
 from sipo.models import resolve_model
 from sipo.policies import PolicySet, PolicyStore
-from sipo.preferences import ObjectiveName, Weights, normalize_weights
+from sipo.preferences import ObjectiveName, SamplingMode, Weights, normalize_weights
 from sipo.refinement import Task, TemplateBook
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ class ReviewRequest(BaseModel):
     prompt: str = Field(min_length=1, description="x")
     response: str = Field(description="y^s")
     objectives: list[ObjectiveName] = Field(min_length=2, description="what to improve; chooses the template set")
-    weights: Weights = Field(description="mixes the policies: w_e for a review, w_m for a rewrite")
+    weights: Weights = Field(description="joins the policies: w_e for a review, w_m for a rewrite")
     policy_set: str = Field(description="'demo:2', or 'demo' for its current set")
+    mode: SamplingMode = Field(default="mod", description="how the policies are joined")
     max_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=0.7, ge=0, le=2)
     seed: int | None = None
@@ -106,6 +107,7 @@ class Reviewer:
             task.messages() if chat else task.text(),
             weights=normalize_weights(request.weights, policies.objectives, param="weights"),
             policy_set=policies.id,
+            mode=request.mode,
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             seed=request.seed,

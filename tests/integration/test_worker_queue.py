@@ -104,14 +104,16 @@ async def test_a_prompt_goes_on_with_a_sample_and_a_rewrite_for_every_weight_and
     assert await redis.xlen(PROMPTS) == 0
 
 
-async def test_each_stage_runs_under_its_own_weights(start: Start, redis: Redis, decoder: WritingDecoder) -> None:
+@pytest.mark.parametrize("mode", ["mod", "soup"])
+async def test_each_stage_runs_under_its_own_weights(start: Start, redis: Redis, decoder: WritingDecoder, mode: str) -> None:
     weights = {"concise": 0.2, "warm": 0.8}
-    await Queue(redis).put(PROMPTS, queued(0, weights=[weights], samples_per_weight=1))
+    await Queue(redis).put(PROMPTS, queued(0, weights=[weights], samples_per_weight=1, mode=mode))
     async with start():
         await until(lambda: _length(redis, CANDIDATES, 1))
     sample, review, rewrite = decoder.bodies
     assert sample["messages"] == [{"role": "user", "content": "What is 0?"}]
     assert [body["preference_weights"] for body in (sample, review, rewrite)] == [weights, {"concise": 1.0, "warm": 0.0}, weights]
+    assert [body["mode"] for body in (sample, review, rewrite)] == [mode] * 3
     assert [body["max_tokens"] for body in (sample, review, rewrite)] == [32, 16, 32]
     assert len({body["seed"] for body in (sample, review, rewrite)}) == 3
     [message] = await messages(redis, CANDIDATES, PromptSampled)
