@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from gateway.cli.train_data import Labelled, Pairs
 from services.common.settings import CommonSettings
@@ -17,12 +17,10 @@ from sipo.prompts import PromptFormat
 from sipo.training.data import TrainingPair, alignment_pairs, tokenise
 from sipo.training.methods import lw_pairs, modpo_margins
 from sipo.training.presets import Preset, changed
-from sipo.training.settings import TrainRun, TrainSettings
+from sipo.training.settings import Method, TrainRun, TrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Method = Literal["dpo", "sipo", "lw", "modpo"]
 
 NEEDS: Mapping[Method, tuple[str, ...]] = {"dpo": (), "sipo": ("start",), "lw": ("weights",), "modpo": ("weights", "start")}
 TAKES: Mapping[Method, tuple[str, ...]] = {
@@ -115,7 +113,7 @@ class Planner:
         """Eq. 2: a fresh LoRA for each objective."""
         names = _chosen(objectives, data.objectives, "the file has labels for")
         check_objectives(names)
-        return [self._run(name, name, self._alignment, alignment_pairs(data.examples, name)) for name in names]
+        return [self._run("dpo", name, name, self._alignment, alignment_pairs(data.examples, name)) for name in names]
 
     def sipo(self, data: Pairs, objectives: str | None) -> list[PlannedRun]:
         """Eq. 8: each of the set's policies goes on, itself frozen as reference."""
@@ -123,12 +121,14 @@ class Planner:
         data.check_objectives(self.start.objectives, self.start.id)
         names = _chosen(objectives, self.start.objectives, f"{self.start.id} has policies for")
         return [
-            self._run(name, name, self.preset.sipo_for(name), data.of(name), start=self.start.adapter_dir(name)) for name in names
+            self._run("sipo", name, name, self.preset.sipo_for(name), data.of(name), start=self.start.adapter_dir(name))
+            for name in names
         ]
 
     def lw(self, data: Labelled, weights: str) -> list[PlannedRun]:
         """Each objective's loss by its weight, on the same pairs."""
-        return [self._run("lw", "lw", self._alignment, lw_pairs(data.examples, _weights(weights, data)))]
+        by_name = _weights(weights, data)
+        return [self._run("lw", "lw", "lw", self._alignment, lw_pairs(data.examples, by_name), weights=by_name)]
 
     def modpo(self, data: Labelled, weights: str, objective: str | None) -> list[PlannedRun]:
         """The pairs of one objective, by default of the heaviest, and the set's policies for the others as margins."""
@@ -141,9 +141,11 @@ class Planner:
         if missing := [name for name in others if name not in self.start.objectives]:
             known = ", ".join(self.start.objectives)
             raise InvalidRequest(f"{self.start.id} has no policy for {missing[0]!r}, but for {known}", param="start")
-        margins = modpo_margins(by_name, own, {name: self.start.adapter_dir(name) for name in others})
+        adapters = {name: self.start.adapter_dir(name) for name in others}
+        beta = changed(self._alignment, self.given).beta
+        margins = modpo_margins(by_name, own, adapters, betas=self.start.manifest.beta / beta)
         pairs = alignment_pairs(data.examples, own)
-        return [self._run("modpo", own, self._alignment, pairs, weight=by_name[own], margins=margins)]
+        return [self._run("modpo", "modpo", own, self._alignment, pairs, weights=by_name, margins=margins)]
 
     @property
     def _alignment(self) -> TrainSettings:
@@ -151,9 +153,18 @@ class Planner:
             raise InvalidRequest("alpha is the weight of the NLL term in Eq. 8: only the method sipo has it", param="settings")
         return self.preset.alignment
 
-    def _run(self, name: str, objective: str, settings: TrainSettings, pairs: Iterable[TrainingPair], **fields: Any) -> PlannedRun:
+    def _run(
+        self,
+        method: Method,
+        name: str,
+        objective: str,
+        settings: TrainSettings,
+        pairs: Iterable[TrainingPair],
+        **fields: Any,
+    ) -> PlannedRun:
         base, start = self.base, self.start
         run = TrainRun(
+            method=method,
             objective=objective,
             base=base.folder,
             base_name=base.ref.name,

@@ -162,6 +162,7 @@ class Stages:
     def _run(self, objective: str, settings: TrainSettings, prompt_format: PromptFormat, start: Path | None) -> TrainRun:
         base = self.base
         return TrainRun(
+            method="dpo" if start is None else "sipo",
             objective=objective,
             base=base.folder,
             base_name=base.ref.name,
@@ -190,11 +191,12 @@ class Stages:
         parent: PolicySet | None,
     ) -> PolicySet:
         folders = {objective: self.run_folder(job, round_, objective) for objective in objectives}
-        data = hashlib.sha256()
+        spec, data = job.spec, hashlib.sha256()
+        how = {"method": "sipo", "mode": spec.mode, "preferences": spec.preferences} if parent else {"method": "dpo"}
         for folder in folders.values():
             data.update((folder / PAIRS).read_bytes())
         draft = Draft(
-            name=job.spec.policy,
+            name=spec.policy,
             base=self.base.ref,
             prompt_format=parent.manifest.prompt_format if parent else self.base.prompt_format,
             objectives=objectives,
@@ -202,7 +204,7 @@ class Stages:
             round=parent.manifest.round + 1 if parent else 0,
             parent=parent and parent.id,
             data_sha256=data.hexdigest(),
-            settings=settings.model_dump() | {"job": job.id, "job_round": round_},
+            settings=settings.model_dump() | how | {"job": job.id, "job_round": round_},
             metrics={objective: one.model_dump() for objective, one in metrics.items()},
         )
         return self.store.publish(draft, {name: folder / ADAPTER for name, folder in folders.items()}, self.base.folder)

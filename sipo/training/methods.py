@@ -9,9 +9,9 @@
 DPO LW weights each objective's loss by its w on the same pairs: W · ℓ(m) + (1 − W) · ℓ(−m), W of the objectives that prefer y_c.
 MODPO trains objective k with the other objectives' frozen policies as margins:
 
-    −log sigmoid( 1/w_k · [ beta · Δ log pi/pi_ref − Σ_{i≠k} w_i · Δ r_i ] ),   r_i = beta · log pi_i/pi_ref,   Δ = y_c minus y_l
+    −log sigmoid( 1/w_k · [ beta · Δ log pi/pi_ref − Σ_{i≠k} w_i · Δ r_i ] ),   r_i = beta_i · log pi_i/pi_ref,   Δ = y_c minus y_l
 
-which is Eq. 2 with beta/w_k and the reference log pi_ref + Σ_{i≠k} w_i · (log pi_i − log pi_ref).
+which is Eq. 2 with beta/w_k and the reference log pi_ref + Σ_{i≠k} w_i · beta_i/beta · (log pi_i − log pi_ref).
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ def lw_pairs(examples: Iterable[Example], weights: Weights) -> Iterator[Training
         yield TrainingPair(prompt=example.prompt, chosen=chosen, rejected=rejected, opposing_weight=min(prefer_1, 1 - prefer_1))
 
 
-def modpo_margins(weights: Weights, objective: str, adapters: Mapping[str, Path]) -> list[Margin]:
-    """MODPO for `objective` at `weights`: the policies of the other objectives that have a weight.
+def modpo_margins(weights: Weights, objective: str, adapters: Mapping[str, Path], *, betas: float = 1.0) -> list[Margin]:
+    """MODPO for `objective` at `weights`: the policies of the other objectives that have a weight. `betas`: the beta that those
+    were trained with over that of the run.
 
     Raises InvalidWeights if the objective itself has none: the loss divides by it.
     """
     if weights[objective] <= 0:
         raise InvalidWeights(f"MODPO divides by the weight of {objective!r}: it must be above 0, train another objective")
-    return [Margin(adapter=adapters[name], weight=weight) for name, weight in weights.items() if name != objective and weight > 0]
+    others = {name: weight for name, weight in weights.items() if name != objective and weight > 0}
+    return [Margin(adapter=adapters[name], weight=weight * betas) for name, weight in others.items()]

@@ -10,7 +10,10 @@ from typing import Any
 
 import yaml
 
-from sipo.training.settings import ADAPTER, CARD, CURVE, HISTORY, PAIRS, TrainMetrics, TrainRun
+from sipo.preferences import format_weights
+from sipo.training.settings import ADAPTER, CARD, CURVE, HISTORY, PAIRS, Method, TrainMetrics, TrainRun
+
+METHODS: Mapping[Method, str] = {"dpo": "DPO (Eq. 2)", "sipo": "SIPO (Eq. 8)", "lw": "DPO LW", "modpo": "MODPO"}
 
 
 def write_records(folder: Path, run: TrainRun, metrics: TrainMetrics, history: Sequence[Mapping[str, Any]]) -> None:
@@ -48,6 +51,7 @@ def draw_curve(path: Path, title: str, history: Sequence[Mapping[str, Any]]) -> 
 
 def card(run: TrainRun, metrics: TrainMetrics, data_sha256: str) -> str:
     """A Hugging Face model card: what the adapter is, what it was trained on and how, and how it went."""
+    method = METHODS[run.method] + (f" at {format_weights(run.weights)}" if run.weights else "")
     begin = "a fresh LoRA" if run.start is None else "the policy of the round before, itself frozen as reference"
     kept = f"{metrics.pairs} pairs" + (f", {metrics.validation_pairs} more held out for validation" if metrics.held_out else "")
     left_out = f"{metrics.prompts_too_long} with prompts too long, {metrics.identical} with two equal responses"
@@ -64,7 +68,7 @@ def card(run: TrainRun, metrics: TrainMetrics, data_sha256: str) -> str:
 {metadata}---
 # Policy for {run.objective!r}
 
-A LoRA adapter on {run.base_name}, trained from {begin}.
+A LoRA adapter on {run.base_name}, trained by {method} from {begin}.
 
 - Data: {kept}; left out: {left_out}; {metrics.responses_cut} responses cut. SHA-256 of the pairs: `{data_sha256}`.
 - Steps: {metrics.steps}, kept: step {metrics.best_step}; {metrics.dtype}; {metrics.seconds:.0f} s.

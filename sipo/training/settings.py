@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sipo.errors import InvalidRequest
 from sipo.files import write_atomically
-from sipo.preferences import ObjectiveName
+from sipo.preferences import ObjectiveName, Weights
 from sipo.prompts import PromptFormat
 
 PAIRS = "pairs.jsonl"
@@ -23,6 +23,9 @@ METRICS = "metrics.json"
 ACCELERATE = Path(__file__).parent / "accelerate"
 """The shipped configurations of `accelerate launch`."""
 HISTORY, CURVE, CARD = "history.jsonl", "loss.png", "README.md"
+
+Method = Literal["dpo", "sipo", "lw", "modpo"]
+"""What a run makes of its pairs: see sipo.training.methods."""
 
 
 class _Record(BaseModel):
@@ -59,15 +62,16 @@ class TrainSettings(_Record):
 
 
 class Margin(_Record):
-    """Another objective's frozen policy and its weight, for MODPO."""
+    """Another objective's frozen policy, for MODPO."""
 
     adapter: Path
-    weight: float = Field(gt=0, lt=1)
+    weight: float = Field(gt=0, description="of its log-ratio: w_i, by the beta that it was trained with over that of this run")
 
 
 class TrainRun(_Record):
     """One policy's run, as its run.yaml says it. The run's folder is where that file lies."""
 
+    method: Method = "dpo"
     objective: ObjectiveName
     base: Path = Field(description="folder of the base model")
     base_name: str = Field(description="the base as the adapter's configuration names it")
@@ -76,11 +80,19 @@ class TrainRun(_Record):
         default=None, description="adapter to go on with, itself frozen as reference; None: a fresh LoRA, the base as reference"
     )
     settings: TrainSettings
-    weight: float = Field(default=1.0, gt=0, le=1, description="w_k of MODPO: beta is divided by it; 1 otherwise")
+    weights: Weights | None = Field(default=None, description="w of lw and modpo")
     margins: list[Margin] = Field(default=[], description="of MODPO: the other objectives")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="of the base's weights (the LoRA's are float32); auto: bfloat16 where the hardware computes it"
     )
+
+    @property
+    def beta(self) -> float:
+        """Of the loss: MODPO's is divided by the weight of its own objective."""
+        if self.method != "modpo":
+            return self.settings.beta
+        assert self.weights is not None
+        return self.settings.beta / self.weights[self.objective]
 
 
 class Progress(_Record):

@@ -182,7 +182,8 @@ def test_modpo_takes_the_heaviests_pairs_and_the_others_as_margins(
     result = train(labelled, "--method", "modpo", "--start", "demo:1", "--weights", "concise=0.4,warm=0.6", *args)
     assert result.exit_code == 0, result.output
     run = run_of(tmp_path / "runs" / "modpo")
-    assert (run.objective, run.start, run.weight) == (own, None, weights[own])
+    assert (run.method, run.objective, run.start, run.weights) == ("modpo", own, None, weights)
+    assert run.beta == pytest.approx(run.settings.beta / weights[own])
     assert [(one.adapter, one.weight) for one in run.margins] == [(policies.adapter_dir(other), weights[other])]
     assert len(rows_of(tmp_path / "runs" / "modpo")) == {"concise": 5, "warm": 6}[own]
 

@@ -330,14 +330,16 @@ def test_lw_is_the_weighted_loss_of_both_orders_and_with_one_weight_plain_dpo(ru
 
 
 def test_modpo_is_dpo_with_the_other_objectives_as_margins(run: TrainRun, tmp_path: Path) -> None:
-    """For three objectives, against the equation with the frozen policies computed apart."""
+    """For three objectives, the others' of another beta, against the equation with the frozen policies computed apart."""
+    beta, theirs = run.settings.beta, 2 * run.settings.beta
     adapters = {}
     for index, name in enumerate(("concise", "safe")):
         shuffled = [TrainingPair(prompt=pair["prompt"], chosen=pair["rejected"], rejected=pair["chosen"]) for pair in PAIRS[index:]]
-        go(changed(run, seed=index), tmp_path / name, shuffled)
+        go(changed(run, seed=index, beta=theirs), tmp_path / name, shuffled)
         adapters[name] = tmp_path / name / "adapter"
     weights = {"warm": 0.4, "concise": 0.35, "safe": 0.25}
-    modpo = run.model_copy(update={"weight": weights["warm"], "margins": modpo_margins(weights, "warm", adapters)})
+    margins = modpo_margins(weights, "warm", adapters, betas=theirs / beta)
+    modpo = run.model_copy(update={"method": "modpo", "weights": weights, "margins": margins})
     metrics, _ = go(modpo, tmp_path / "modpo")
 
     def loss(adapter: Path | None) -> float:
@@ -345,8 +347,8 @@ def test_modpo_is_dpo_with_the_other_objectives_as_margins(run: TrainRun, tmp_pa
         for row in tokenised(run).train:
             sides = []
             for ids in (row["chosen_ids"], row["rejected_ids"]):
-                others = sum(weights[name] * log_ratio(run, path, row, ids) for name, path in adapters.items())
-                sides.append(run.settings.beta * (log_ratio(run, adapter, row, ids) - others) / weights["warm"])
+                others = sum(weights[name] * theirs * log_ratio(run, path, row, ids) for name, path in adapters.items())
+                sides.append((beta * log_ratio(run, adapter, row, ids) - others) / weights["warm"])
             losses.append(math.log(1 + math.exp(sides[1] - sides[0])))
         return mean(losses)
 
@@ -483,6 +485,7 @@ def test_a_run_leaves_its_records_for_people(run: TrainRun, tmp_path: Path) -> N
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx([step.loss for step in steps])
     assert (tmp_path / "adapter" / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "trained by DPO (Eq. 2) from a fresh LoRA" in card
     assert hashlib.sha256((tmp_path / "pairs.jsonl").read_bytes()).hexdigest() in card
     assert f"| loss | {metrics.before.loss:.4f} | {metrics.after.loss:.4f} |" in card
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "tiny"
