@@ -107,7 +107,7 @@ def served_decoder(bundled_base: Path, tmp_path_factory: pytest.TempPathFactory)
     """The real decoder on the bundled model in float32, for whole sets of random adapters: see ServedDecoder.publish."""
     from tests.decoder import ServedDecoder
 
-    with ServedDecoder.start(bundled_base, tmp_path_factory.mktemp("decoder")) as decoder:
+    with ServedDecoder.start(bundled_base, tmp_path_factory.mktemp("decoder"), SIPO_DECODER_SLEEPS="true") as decoder:
         yield decoder
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from sipo.errors import IncompatiblePolicy, Unavailable
 from sipo.policies import BaseModelRef, Manifest
 from sipo.prompts import PromptFormat
+
+if TYPE_CHECKING:
+    from services.decoder.settings import DecoderSettings
 
 
 def write_policy_set(
@@ -126,6 +132,82 @@ class WritingDecoder(FakeDecoder):
     def write(self, body: dict[str, Any]) -> str:
         asked = {key: body.get(key) for key in ("messages", "prompt", "preference_weights", "policy_set", "temperature", "seed")}
         return f"answer {hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+class FakeEngine:
+    """vLLM's server as a mirror: its reply shows the request that it got. `broken` names a set that it refuses, `room` is for so
+    many sets. What a closed gate stands for takes its time: a stream, falling asleep, waking."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.calls: list[str] = []
+        """Of sleep and wake."""
+        self.broken: str | None = None
+        self.cannot_wake = False
+        self.room = 100
+        self.failed = False
+        self.asked = asyncio.Event()
+        self.stream_gate, self.sleep_gate, self.wake_gate = (asyncio.Event() for _ in range(3))
+        for gate in (self.stream_gate, self.sleep_gate, self.wake_gate):
+            gate.set()
+        self.app = FastAPI()
+        self.app.post("/v1/completions")(self._complete)
+
+    async def load(self, key: str, adapters: Mapping[str, Path]) -> None:
+        await asyncio.sleep(0)
+        if self.broken and key.startswith(self.broken):
+            raise IncompatiblePolicy("does not fit")
+        if len(self.loaded) >= self.room:
+            raise Unavailable("no room")
+        self.loaded.append(key)
+
+    async def unload(self, key: str) -> None:
+        self.loaded.remove(key)
+
+    async def sleep(self) -> None:
+        assert not self.loaded
+        self.calls.append("sleep")
+        await self.sleep_gate.wait()
+
+    async def wake(self) -> None:
+        self.calls.append("wake")
+        await self.wake_gate.wait()
+        if self.cannot_wake:
+            raise RuntimeError("out of memory")
+
+    async def _complete(self, request: Request) -> Response:
+        self.asked.set()
+        body = await request.json()
+        reply = {"id": "cmpl-1", "model": body["model"], "seen": body}
+        if not body.get("stream"):
+            return JSONResponse(reply, 400 if body.get("bad") else 200)
+        return StreamingResponse(self._events(json.dumps(reply, separators=(",", ":"))), media_type="text/event-stream")
+
+    async def _events(self, reply: str) -> AsyncIterator[str]:
+        yield f"data: {reply}\n\n"
+        await self.stream_gate.wait()
+        yield f"data: {reply}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+@asynccontextmanager
+async def served(engine: FakeEngine, settings: DecoderSettings) -> AsyncIterator[FastAPI]:
+    """The decoder's own application on a fake engine, once it is ready."""
+    from services.decoder.app import create_app
+
+    @asynccontextmanager
+    async def open_engine(_model: Path) -> AsyncIterator[FakeEngine]:
+        yield engine
+
+    app = create_app(settings, open_engine)
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110  # asks as a caller would
+            await asyncio.sleep(0.01)
+        yield app
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://decoder")
 
 
 async def _left(request: Request) -> None:

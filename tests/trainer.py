@@ -13,6 +13,7 @@ import torch
 from redis.asyncio import Redis
 from safetensors.torch import save_file
 
+from services.common.clients import DecoderClient
 from services.common.job_store import Job, JobStore
 from services.common.jobs import JobSpec, JobState
 from services.common.messages import Candidate, PromptDecided, ScoredCandidate
@@ -130,10 +131,10 @@ async def decide(redis: Redis, job: Job, *, accepted: bool = True) -> None:
 
 
 @asynccontextmanager
-async def trainer(redis: Redis, stages: Stages) -> AsyncIterator[None]:
+async def trainer(redis: Redis, stages: Stages, decoders: Sequence[DecoderClient] = ()) -> AsyncIterator[None]:
     jobs = JobStore(redis)
     async with jobs.lease("trainer", 60) as lease:
-        lifecycle = Lifecycle(stages, jobs, lease)
+        lifecycle = Lifecycle(stages, jobs, lease, decoders)
         async with Consumer(redis, DECISIONS, model=PromptDecided, batch=8).running(lifecycle.keep):
             task = asyncio.create_task(lifecycle.run())
             try:

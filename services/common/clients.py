@@ -126,6 +126,14 @@ class DecoderClient(ServiceClient):
             for choice in sorted(reply["choices"], key=lambda choice: choice["index"])
         ]
 
+    async def sleep(self, seconds: float) -> str:
+        """Asks for its GPU's memory, for so many seconds from now: "asleep" once it has given it up, otherwise how far it is."""
+        state: str = (await self._post("/v1/sleep", {"seconds": seconds}))["state"]
+        return state
+
+    async def wake(self) -> None:
+        await self._post("/v1/wake", {})
+
 
 class Asked(TypedDict):
     """For whom the reviewer writes, and how. `weights` join the policies: w_e for a review, w_m for a rewrite."""

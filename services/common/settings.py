@@ -59,6 +59,9 @@ class CommonSettings(BaseSettings):
         description="endpoints that a job may ask for candidates as well, as JSON: "
         '{"big": {"url": "https://HOST/v1", "model": "NAME", "api_key": "KEY"}}',
     )
+    decoder_sleeps: bool = Field(
+        default=False, description="the decoder gives its GPU's memory up while policies are trained, and answers nothing meanwhile"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

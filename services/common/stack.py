@@ -41,6 +41,7 @@ def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[P
         "SIPO_CACHE_DIR": str(settings.cache_dir),
         "SIPO_MODEL": settings.model,
         "SIPO_LOG_LEVEL": settings.log_level,
+        "SIPO_DECODER_SLEEPS": str(settings.decoder_sleeps),
         "SIPO_REDIS_URL": redis_url,
         "SIPO_DECODER_URL": urls["decoder"],
         "SIPO_REVIEWER_URL": urls["reviewer"],
@@ -59,13 +60,15 @@ def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[P
         server = (sys.executable, "-m", "services.common.valkey", str(settings.data_dir / "queue"), str(ports["queue"]))
         queue = [ProcessSpec("queue", server, ready_url=redis_url)]
     needs_queue = tuple(spec.name for spec in queue)
+    # A trainer that goes on with a job may put the decoder to sleep at once, and others wait for the decoder to be ready.
+    before_trainer = (*needs_queue, "worker", "gateway") if settings.decoder_sleeps else needs_queue
     return [
         *queue,
         # What takes long to load starts at once; what is quick waits, so that it stops before what it works with.
         service("decoder", "services.decoder", after=(), SIPO_DECODER_THREADS=threads),
         service("reviewer", "services.reviewer", after=()),
         service("scorer", "services.scorer", after=needs_queue, **KEEP_MEMORY, **SHARE_CORES),
-        service("trainer", "services.trainer", after=needs_queue, **KEEP_MEMORY),
+        service("trainer", "services.trainer", after=before_trainer, **KEEP_MEMORY),
         service("worker", "gateway.worker", after=(*needs_queue, "decoder", "reviewer")),
         service("gateway", "gateway", after=(*needs_queue, "decoder")),
     ]

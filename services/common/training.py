@@ -24,18 +24,20 @@ log = structlog.get_logger(__name__)
 Report = Callable[[Progress], Awaitable[None]]
 
 
-def launch_command(accelerate: str | None = None) -> list[str]:
+def launch_command(accelerate: str | None = None, *, gpu_memory: float = 1) -> list[str]:
     """What a run.yaml is appended to: one process, or `accelerate launch` with a configuration (a file, or a shipped one's name).
+    Each may take `gpu_memory` of its GPU's memory.
 
     Raises InvalidRequest for a configuration that is not there.
     """
+    module = [*MODULE, "--gpu-memory", str(gpu_memory)]
     if accelerate is None:
-        return [sys.executable, *MODULE]
+        return [sys.executable, *module]
     path = ACCELERATE / f"{accelerate}.yaml"
     if not path.is_file() and not (path := Path(accelerate).expanduser()).is_file():
         shipped = ", ".join(sorted(one.stem for one in ACCELERATE.glob("*.yaml")))
         raise InvalidRequest(f"no accelerate configuration {accelerate!r}: give a file, or one of {shipped}")
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *MODULE]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *module]
 
 
 async def run_child(run: Path, report: Report, command: Sequence[str] | None = None) -> TrainMetrics:

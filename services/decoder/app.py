@@ -10,10 +10,11 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import structlog
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,8 +22,9 @@ from services.common.app import create_app as create_common_app
 from services.decoder.choice import Choice, ChoiceFields, Chooser
 from services.decoder.residency import Loader, ResidentSets
 from services.decoder.settings import DecoderSettings
+from services.decoder.sleeping import Sleeper, Sleeps, State
 from sipo.decoding.request import EXTRA_ARG
-from sipo.errors import InvalidRequest, Unavailable
+from sipo.errors import Conflict, InvalidRequest, Unavailable
 from sipo.models import model_sha256, resolve_model
 from sipo.policies import PolicyStore
 
@@ -32,7 +34,7 @@ HEARTBEAT = 1.0
 """Seconds between two looks at whether the engine lives."""
 
 
-class Engine(Loader, Protocol):
+class Engine(Loader, Sleeps, Protocol):
     """vLLM's OpenAI server, or a fake of it."""
 
     app: ASGIApp
@@ -43,6 +45,18 @@ class Engine(Loader, Protocol):
 
 OpenEngine = Callable[[Path], AbstractAsyncContextManager[Engine]]
 """Starts the engine on a model's folder, and stops it at the end."""
+
+
+class SleepRequest(BaseModel):
+    """Asks for the GPU's memory, for so many seconds from now."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seconds: float = Field(gt=0, le=3600, description="after which the decoder wakes by itself, unless it is asked again")
+
+
+class SleepState(BaseModel):
+    state: State = Field(description="draining: what runs ends first. Only one that is asleep has given its memory up")
 
 
 def create_app(settings: DecoderSettings, open_engine: OpenEngine) -> FastAPI:
@@ -57,22 +71,31 @@ def create_app(settings: DecoderSettings, open_engine: OpenEngine) -> FastAPI:
         await asyncio.wait([running])
 
     async def ready() -> str | None:
-        return None if app.state.decoder else "the model is being loaded"
+        decoder: Decoder | None = app.state.decoder
+        if decoder is None:
+            return "the model is being loaded"
+        return NOT_READY[decoder.sleeper.state]
 
     app = create_common_app("decoder", settings, lifespan, ready)
     app.state.decoder = None
 
     @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
-    async def complete(request: Request, fields: ChoiceFields) -> Response:
+    async def complete(request: Request, fields: ChoiceFields, decoder: Loaded) -> Response:
         """OpenAI's request and reply as vLLM has them, and the fields of ChoiceFields."""
-        decoder: Decoder | None = app.state.decoder
-        if decoder is None:
-            raise Unavailable("the decoder is still loading the model", retry_after=1)
         body: dict[str, Any] = await request.json()
         _check_body(body)
         choice = await asyncio.to_thread(decoder.chooser.choose, fields)
         return MixedResponse(decoder, choice, fields, body)
+
+    @app.post("/v1/sleep", dependencies=[Depends(_may_sleep)])
+    async def sleep(request: SleepRequest, decoder: Loaded) -> SleepState:
+        """Answers at once; asked again, it tells how far the decoder is, and the seconds begin anew."""
+        return SleepState(state=decoder.sleeper.sleep(request.seconds))
+
+    @app.post("/v1/wake", dependencies=[Depends(_may_sleep)])
+    async def wake(decoder: Loaded) -> SleepState:
+        return SleepState(state=decoder.sleeper.wake())
 
     return app
 
@@ -84,8 +107,31 @@ class Decoder:
         self.engine = engine
         self.served_name = settings.model
         self.residents = ResidentSets(engine, settings.decoder_sets)
+        self.sleeper = Sleeper(engine, self.residents)
         store = PolicyStore(settings.data_dir / "policies")
         self.chooser = Chooser(store, settings, base_sha256)
+
+
+async def _loaded(request: Request) -> Decoder:
+    decoder: Decoder | None = request.app.state.decoder
+    if decoder is None:
+        raise Unavailable("the decoder is still loading the model", retry_after=1)
+    return decoder
+
+
+Loaded = Annotated[Decoder, Depends(_loaded)]
+
+NOT_READY: dict[State, str | None] = {
+    "awake": None,
+    "draining": "training",
+    "asleep": "training",
+    "waking": "waking up after a training",
+}
+
+
+async def _may_sleep(request: Request) -> None:
+    if not request.app.state.settings.decoder_sleeps:
+        raise Conflict("this decoder never sleeps: start it with SIPO_DECODER_SLEEPS=true")
 
 
 async def _run_engine(app: FastAPI, settings: DecoderSettings, open_engine: OpenEngine) -> None:
@@ -93,17 +139,23 @@ async def _run_engine(app: FastAPI, settings: DecoderSettings, open_engine: Open
         model = await asyncio.to_thread(resolve_model, settings.model, settings.cache_dir)
         base_sha256 = await asyncio.to_thread(model_sha256, model, settings.cache_dir)
         async with open_engine(model) as engine:
-            app.state.decoder = Decoder(settings, engine, base_sha256)
+            decoder = app.state.decoder = Decoder(settings, engine, base_sha256)
             log.info("ready", model=settings.model, slots=settings.decoder_slots)
-            while True:
-                await asyncio.sleep(HEARTBEAT)
-                if engine.failed:
-                    raise RuntimeError("the engine's process ended")
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_watch(engine))
+                tasks.create_task(decoder.sleeper.run())
     except Exception:
         log.exception("the engine failed")
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
         app.state.decoder = None
+
+
+async def _watch(engine: Engine) -> None:
+    while True:
+        await asyncio.sleep(HEARTBEAT)
+        if engine.failed:
+            raise RuntimeError("the engine's process ended")
 
 
 def _check_body(body: dict[str, Any]) -> None:
@@ -136,6 +188,7 @@ class MixedResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with AsyncExitStack() as leases:
+            leases.enter_context(self.decoder.sleeper.completion())
             for policy_set in self.choice.policy_sets:
                 await leases.enter_async_context(self.decoder.residents.lease(policy_set))
             await self._answer(scope, receive, send)

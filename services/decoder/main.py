@@ -40,6 +40,7 @@ def main() -> None:
             dtype=settings.decoder_dtype,
             max_model_len=settings.decoder_max_model_len,
             max_num_seqs=settings.decoder_max_num_seqs,
+            sleeps=settings.decoder_sleeps,
         ) as engine:
             yield engine
 

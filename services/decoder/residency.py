@@ -58,6 +58,12 @@ class ResidentSets:
             self._running[key] -= 1
             await self._make_room()
 
+    async def empty(self) -> None:
+        """Unloads all sets; none may have running requests."""
+        async with self._changing:
+            for key in list(self._running):
+                await self._unload(key)
+
     async def _load(self, key: str, policy_set: PolicySet) -> None:
         if len(self._running) >= 2 * self._capacity and all(self._running.values()):
             raise Unavailable(

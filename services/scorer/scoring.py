@@ -179,6 +179,8 @@ def _load(settings: ScorerSettings) -> RewardModel:
     torch.set_num_threads(settings.scorer_threads)
     if settings.scorer_tf32:
         torch.set_float32_matmul_precision("high")
+    if settings.scorer_device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(settings.scorer_gpu_memory)
     folder = resolve_model(settings.model, settings.cache_dir)
     return RewardModel.load(
         folder,

@@ -20,5 +20,6 @@ class ScorerSettings(CommonSettings):
     scorer_tf32: bool = Field(
         default=False, description="on a GPU: faster products of 10-bit mantissas; `make bench-score` prints how many orders flip"
     )
+    scorer_gpu_memory: float = Field(default=1, gt=0, le=1, description="part of the GPU's memory that the scorer may take")
     scorer_messages: int = Field(default=8, ge=1, description="messages held at a time; they share passes")
     scorer_resident_sets: int = Field(default=2, ge=1, description="policy sets kept in memory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
 from fastapi import FastAPI
@@ -17,6 +17,7 @@ from services.common.messages import PromptDecided
 from services.common.queue import DECISIONS, Consumer, unanswered
 from services.common.tasks import end_tasks
 from services.common.training import launch_command
+from services.trainer.decoders import decoder_clients
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Base, Stages
 from services.trainer.settings import TrainerSettings
@@ -45,12 +46,14 @@ def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float 
 
     async def work() -> None:
         base = await asyncio.to_thread(open_base, settings)
-        command = launch_command(settings.trainer_accelerate)
+        command = launch_command(settings.trainer_accelerate, gpu_memory=settings.trainer_gpu_memory)
         stages = Stages(base, PolicyStore(settings.data_dir / "policies"), settings.data_dir / "jobs", command)
         jobs = JobStore(redis)
         state["waiting"] = "another trainer holds the lease"
-        async with jobs.lease(LEASE, lease_seconds) as lease:
-            lifecycle = Lifecycle(stages, jobs, lease)
+        async with AsyncExitStack() as stack, jobs.lease(LEASE, lease_seconds) as lease:
+            clients = decoder_clients(settings.decoder_url) if settings.decoder_sleeps else []
+            decoders = [await stack.enter_async_context(client) for client in clients]
+            lifecycle = Lifecycle(stages, jobs, lease, decoders)
             consumer = Consumer(redis, DECISIONS, model=PromptDecided, batch=BATCH)
             async with consumer.running(lifecycle.keep):
                 del state["waiting"]

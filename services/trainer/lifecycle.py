@@ -14,12 +14,14 @@ from typing import Any
 import structlog
 from redis.exceptions import RedisError
 
+from services.common.clients import DecoderClient
 from services.common.job_store import Job, JobStore, Lease
 from services.common.jobs import JobState
 from services.common.messages import PromptDecided
 from services.common.queue import Delivery
 from services.common.tasks import end_tasks
 from services.trainer.decisions import DECISIONS, DecisionLog
+from services.trainer.decoders import asleep
 from services.trainer.rounds import REPORT, Stages, why_not_trainable
 from sipo.errors import Conflict, SipoError, Unavailable
 from sipo.training.settings import Progress
@@ -31,10 +33,13 @@ POLL = 0.5
 
 
 class Lifecycle:
-    def __init__(self, stages: Stages, jobs: JobStore, lease: Lease) -> None:
+    """`decoders`: those that sleep while policies are trained."""
+
+    def __init__(self, stages: Stages, jobs: JobStore, lease: Lease, decoders: Sequence[DecoderClient] = ()) -> None:
         self.stages = stages
         self.jobs = jobs
         self.lease = lease
+        self.decoders = decoders
         self._logs: dict[str, DecisionLog] = {}
         self._log_lock = asyncio.Lock()
         self._training = asyncio.Lock()
@@ -80,7 +85,7 @@ class Lifecycle:
         if job.state == JobState.QUEUED:
             job = await self._start(job)
         if job.state == JobState.ALIGNING:
-            async with self._training:
+            async with self._training, asleep(self.decoders):
                 aligned = await self.stages.align(job, self._teller(job))
             job = await self._advance(job, JobState.GENERATING, sampling_set=aligned.id, reward_set=aligned.id, progress={})
         while not job.state.ended:
@@ -91,7 +96,7 @@ class Lifecycle:
         if job.state == JobState.GENERATING:
             job = await self._until_decided(job)
         if job.state == JobState.TRAINING:
-            async with self._training:
+            async with self._training, asleep(self.decoders):
                 await self.stages.train(job, await self._decisions(job), self._teller(job))
             job = await self._advance(job, JobState.EVALUATING, progress={})
         if job.state == JobState.EVALUATING:

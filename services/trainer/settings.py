@@ -9,6 +9,10 @@ from services.common.settings import CommonSettings, Port
 
 class TrainerSettings(CommonSettings):
     trainer_port: Port = 8004
+    decoder_url: str = Field(
+        default="http://127.0.0.1:8001", description="with decoder_sleeps: which decoder sleeps; several are separated by commas"
+    )
+    trainer_gpu_memory: float = Field(default=1, gt=0, le=1, description="part of a GPU's memory that a training process may take")
     trainer_accelerate: str | None = Field(
         default=None,
         description="an accelerate configuration for several processes: a file, or multi_gpu, fsdp2, zero3, two_nodes",

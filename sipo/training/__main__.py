@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -11,14 +12,15 @@ from sipo.training.settings import Failure, Progress, read_run
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python -m sipo.training RUN.yaml", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m sipo.training")
+    parser.add_argument("run", type=Path, metavar="RUN.yaml")
+    parser.add_argument("--gpu-memory", type=float, default=1.0, help="part of its GPU's memory that this process may take")
+    asked = parser.parse_args()
     # Libraries print to stdout as they like: the lines of JSON keep it, all else is sent to stderr.
     stdout = os.fdopen(os.dup(1), "w", buffering=1)
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     os.dup2(2, 1)
-    path = Path(sys.argv[1])
+    path: Path = asked.run
 
     def report(progress: Progress) -> None:
         if first:
@@ -26,8 +28,12 @@ def main() -> int:
 
     try:
         run = read_run(path)
+        import torch
+
         from sipo.training.run import train
 
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(asked.gpu_memory, int(os.environ.get("LOCAL_RANK", "0")))
         train(run, path.parent, report)
     except SipoError as error:
         if first:

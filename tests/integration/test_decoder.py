@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from sipo.policies import PolicySet
@@ -173,3 +174,36 @@ async def test_the_prefix_cache_is_shared_across_weights_and_changes_no_answer(
     assert [cached > 0 for _, cached in first] == [False, True, False, False, False, False]
     assert all(cached > 0 for _, cached in second)
     assert not any(cached for _, cached in fresh)
+
+
+async def test_it_sleeps_for_a_training_and_answers_as_before_when_it_wakes(served_decoder: ServedDecoder, demo: PolicySet) -> None:
+    """A stream under way ends whole, what comes meanwhile is told to come back."""
+    request = {"model": "demo", "preference_weights": WEIGHTS, "prompt": "Once upon a time", "max_tokens": 16}
+    greedy = {"temperature": 0, "ignore_eos": True}
+    before = await served_decoder.complete(**request)
+    async with (
+        httpx.AsyncClient(base_url=served_decoder.url, timeout=300) as client,
+        client.stream("POST", "/v1/completions", json=request | greedy | {"stream": True}) as stream,
+    ):
+        lines = stream.aiter_lines()
+        seen = [await anext(lines)]
+        first = await client.post("/v1/sleep", json={"seconds": 60})
+        refused = await served_decoder.post("/v1/completions", **request)
+        ready = await client.get("/ready")
+        seen += [line async for line in lines]
+        while (await client.post("/v1/sleep", json={"seconds": 60})).json()["state"] != "asleep":  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert (await client.get("/ready")).status_code == 503
+        await client.post("/v1/wake")
+        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    after = await served_decoder.complete(**request)
+
+    assert first.json() == {"state": "draining"}
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+    assert ready.status_code == 503 and "training" in ready.json()["error"]["message"]
+    *events, end = [line.removeprefix("data: ") for line in seen if line]
+    texts = [before["choices"][0]["text"], after["choices"][0]["text"]]
+    assert texts == 2 * ["".join(json.loads(event)["choices"][0]["text"] for event in events)] and end == "[DONE]"
+    log = (served_decoder.workspace / "log").read_text()
+    assert '"event": "asleep"' in log and '"event": "awake"' in log

@@ -201,6 +201,15 @@ async def test_the_stack_brings_up_its_queue_and_tells_everyone_where_it_is(data
         assert time.monotonic() - begin < 30
 
 
+@pytest.mark.parametrize(("sleeps", "after"), [(False, {"queue"}), (True, {"queue", "worker", "gateway"})])
+def test_a_trainer_that_may_put_the_decoder_to_sleep_starts_when_nobody_waits_for_it(
+    data_dir: Path, sleeps: bool, after: set[str]
+) -> None:
+    specs = {spec.name: spec for spec in stack_specs(CommonSettings(data_dir=data_dir, decoder_sleeps=sleeps))}
+    assert set(specs["trainer"].after) == after
+    assert specs["trainer"].env["SIPO_DECODER_SLEEPS"] == specs["decoder"].env["SIPO_DECODER_SLEEPS"] == str(sleeps)
+
+
 def test_a_given_queue_is_used_instead_of_the_embedded_one(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIPO_REDIS_URL", "redis://elsewhere:6379")
     specs = stack_specs(CommonSettings(data_dir=data_dir))

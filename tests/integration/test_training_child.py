@@ -92,3 +92,8 @@ def test_the_shipped_configurations_are_accelerates(tmp_path: Path) -> None:
     assert launch_command(str(own))[4] == str(own)
     with pytest.raises(InvalidRequest, match="no accelerate configuration 'tpu': give a file, or one of fsdp2, multi_gpu"):
         launch_command("tpu")
+
+
+@pytest.mark.parametrize("accelerate", [None, "fsdp2"])
+def test_every_training_process_is_told_its_part_of_the_gpu(accelerate: str | None) -> None:
+    assert launch_command(accelerate, gpu_memory=0.3)[-4:] == ["-m", "sipo.training", "--gpu-memory", "0.3"]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from services.decoder.app import create_app
 from services.decoder.choice import Choice, ChoiceFields, Chooser
@@ -23,7 +21,7 @@ from sipo.decoding.request import EXTRA_ARG, Mixture
 from sipo.errors import IncompatiblePolicy, InvalidRequest, SipoError, Unavailable
 from sipo.models import model_sha256
 from sipo.policies import AdapterRef, PolicySet, PolicyStore, adapter_sha256
-from tests.fakes import write_policy_set
+from tests.fakes import FakeEngine, client_of, served, write_policy_set
 
 OBJECTIVES = ["concise", "warm"]
 WEIGHTS = {"concise": 0.7, "warm": 0.3}
@@ -48,38 +46,6 @@ def publish(store: PolicyStore, identifier: str, objectives: list[str] = OBJECTI
 @pytest.fixture
 def store(data_dir: Path) -> PolicyStore:
     return PolicyStore(data_dir / "policies")
-
-
-class FakeEngine:
-    """vLLM's server as a mirror: its reply shows the request that it got. `broken` names a set that it refuses, `room` is for so
-    many sets."""
-
-    def __init__(self) -> None:
-        self.loaded: list[str] = []
-        self.broken: str | None = None
-        self.room = 100
-        self.failed = False
-        self.app = FastAPI()
-        self.app.post("/v1/completions")(self._complete)
-
-    async def load(self, key: str, adapters: Mapping[str, Path]) -> None:
-        await asyncio.sleep(0)
-        if self.broken and key.startswith(self.broken):
-            raise IncompatiblePolicy("does not fit")
-        if len(self.loaded) >= self.room:
-            raise Unavailable("no room")
-        self.loaded.append(key)
-
-    async def unload(self, key: str) -> None:
-        self.loaded.remove(key)
-
-    async def _complete(self, request: Request) -> Response:
-        body = await request.json()
-        reply = {"id": "cmpl-1", "model": body["model"], "seen": body}
-        if not body.get("stream"):
-            return JSONResponse(reply, 400 if body.get("bad") else 200)
-        events = [f"data: {json.dumps(reply, separators=(',', ':'))}\n\n"] * 2 + ["data: [DONE]\n\n"]
-        return StreamingResponse(iter(events), media_type="text/event-stream")
 
 
 # Which mixture answers a request
@@ -314,18 +280,8 @@ async def test_a_refused_set_leaves_the_others_where_they_are(store: PolicyStore
 
 @asynccontextmanager
 async def running(engine: FakeEngine, data_dir: Path, base: Path) -> AsyncIterator[httpx.AsyncClient]:
-    @asynccontextmanager
-    async def open_engine(_model: Path) -> AsyncIterator[FakeEngine]:
-        yield engine
-
     settings = DecoderSettings(data_dir=data_dir, cache_dir=data_dir / "cache", model=str(base))
-    app = create_app(settings, open_engine)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://decoder") as client,
-    ):
-        while (await client.get("/ready")).status_code != 200:  # noqa: ASYNC110  # asks as a caller would
-            await asyncio.sleep(0.01)
+    async with served(engine, settings) as app, client_of(app) as client:
         yield client
 
 

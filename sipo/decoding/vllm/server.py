@@ -4,6 +4,7 @@ must carry their Mixture and cache salt already, and name resident sets only."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -43,17 +45,30 @@ class OpenAIServer:
     async def unload(self, key: str) -> None:
         await self._client.collective_rpc("sipo_unload", args=(key,))
 
+    async def sleep(self) -> None:
+        """Weights go to the host's memory, keys and values are dropped, and requests wait; on a CPU they only wait. Sets that are
+        not compiled stay in the GPU's memory: unload them first. What runs ends before."""
+        await self._client.sleep(level=1, mode="wait")
+
+    async def wake(self) -> None:
+        """Raises what vLLM does if the memory is not there any more."""
+        await self._client.wake_up()
+
 
 @asynccontextmanager
 async def openai_server(
-    model: Path, served_name: str, *, slots: int, gpu_memory: float, tool_parser: str | None, **engine: Any
+    model: Path, served_name: str, *, slots: int, gpu_memory: float, tool_parser: str | None, sleeps: bool, **engine: Any
 ) -> AsyncIterator[OpenAIServer]:
-    """Starts the engine, and stops it at the end; `engine` as for engine_arguments. The event loop stays free meanwhile."""
+    """Starts the engine, and stops it at the end; `engine` as for engine_arguments. The event loop stays free meanwhile.
+
+    `sleeps`: its memory is such that `sleep` can give it up.
+    """
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     settings = engine_arguments(model, slots=slots, **engine) | {
         "served_model_name": [served_name],
         "scheduling_policy": "priority",
         "gpu_memory_utilization": gpu_memory,
+        "enable_sleep_mode": sleeps and torch.cuda.is_available(),  # refused on a CPU, where all that sleeping does is to wait
         "disable_fastapi_docs": True,
         "tool_call_parser": tool_parser,
         "enable_auto_tool_choice": tool_parser is not None,
@@ -73,7 +88,9 @@ async def openai_server(
         raise
     try:
         tasks = await client.get_supported_tasks()
+        level = logging.root.level
         app = build_app(args, tasks, client.model_config)
+        logging.root.setLevel(level)  # a library that it imports turns all logs off but errors
         await init_app_state(client, app.state, args, tasks)
         yield OpenAIServer(client, app)
     finally:

@@ -1,0 +1,83 @@
+"""The decoders that share a GPU with the training, and give its memory up for that time. How they do is theirs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import httpx
+import structlog
+
+from services.common.clients import DecoderClient
+from services.common.tasks import end_tasks
+from sipo.errors import Conflict, SipoError, Unavailable
+
+log = structlog.get_logger(__name__)
+
+LEASE = 60.0
+"""Seconds after which a decoder that nobody asks any more wakes: the trainer was killed, and its training with it."""
+RENEW = 10.0
+"""Seconds between two times that they are asked."""
+POLL = 1.0
+"""The same while they do not sleep yet."""
+TIMEOUT = httpx.Timeout(5)
+
+
+def decoder_clients(urls: str) -> list[DecoderClient]:
+    """One for each of `urls`, which are separated by commas."""
+    return [DecoderClient(url.strip(), timeout=TIMEOUT) for url in urls.split(",")]
+
+
+@asynccontextmanager
+async def asleep(decoders: Sequence[DecoderClient]) -> AsyncIterator[None]:
+    """The body runs while all `decoders` sleep; it begins when their answers under way have ended.
+
+    Raises Conflict if one of them is not allowed to sleep.
+    """
+    renewing: list[asyncio.Task[None]] = []
+    try:
+        if not await _all_asleep(decoders):
+            log.info("training waits until the decoders sleep: what they are answering ends first")
+            while not await _all_asleep(decoders):  # noqa: ASYNC110, they are in other processes
+                await asyncio.sleep(POLL)
+        renewing = [asyncio.create_task(_keep_asleep(decoder)) for decoder in decoders]
+        yield
+    finally:
+        await end_tasks(*renewing)
+        await asyncio.gather(*map(_wake, decoders))
+
+
+async def _all_asleep(decoders: Sequence[DecoderClient]) -> bool:
+    return all(await asyncio.gather(*map(_asleep, decoders)))
+
+
+async def _asleep(decoder: DecoderClient) -> bool:
+    """Asks it to sleep; True if it holds no memory."""
+    try:
+        return await decoder.sleep(LEASE) == "asleep"
+    except Unavailable as error:
+        away = isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
+        if away:
+            log.info("no decoder there", url=decoder.url)
+        return away
+    except SipoError as error:
+        raise Conflict(f"the decoder at {decoder.url} does not sleep while policies are trained: {error.message}") from error
+
+
+async def _keep_asleep(decoder: DecoderClient) -> None:
+    """Until cancelled. What goes wrong now is no reason to give a training up: it has the memory, or notices that it has not."""
+    while True:
+        await asyncio.sleep(RENEW)
+        try:
+            if not await _asleep(decoder):
+                log.warning("a decoder does not sleep during a training", url=decoder.url)
+        except SipoError as error:
+            log.warning("a decoder does not sleep during a training", url=decoder.url, reason=error.message)
+
+
+async def _wake(decoder: DecoderClient) -> None:
+    try:
+        await decoder.wake()
+    except SipoError as error:
+        log.info("the decoder was not woken", url=decoder.url, reason=error.message)
