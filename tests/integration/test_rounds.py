@@ -1,28 +1,37 @@
-"""Jobs of several rounds: the real feeder, trainer and queue server; sampling, scoring and training are quick stand-ins."""
+"""Jobs of several rounds: the real feeder, trainer and queue server; sampling, scoring and mostly training are quick stand-ins."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from redis.asyncio import Redis
+from safetensors.torch import load_file
 
 from gateway.feeder import Feeder, read_prompts
-from services.common.job_store import JobStore
+from services.common.job_store import Job, JobStore
 from services.common.jobs import JobState
 from services.common.messages import PromptDecided, PromptQueued
+from services.common.processes import free_ports
 from services.common.queue import DECISIONS, PROMPTS, Consumer, Queue
 from services.common.tasks import end_tasks
 from services.trainer import lifecycle, rounds
+from services.trainer.app import open_base
 from services.trainer.decisions import DecisionLog
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Stages
+from services.trainer.settings import TrainerSettings
 from sipo.errors import TrainingFailed
 from sipo.policies import PolicyStore
 from sipo.training.settings import TrainMetrics, read_run
@@ -274,3 +283,76 @@ async def test_a_trainer_killed_after_any_step_of_any_round_goes_on(
         (3, 1, "demo:4"),
     ]
     assert (report.policy_set, report.activated, report.reason) == ("demo:4", True, None)
+
+
+TRAINER = """
+from services.common.app import serve
+from services.common.queue import connect
+from services.common.settings import load
+from services.trainer.app import create_app
+from services.trainer.settings import TrainerSettings
+
+settings = load(TrainerSettings)
+serve(create_app(settings, connect(settings.redis_url), lease_seconds=2), settings.host, settings.trainer_port)
+"""
+"""services.trainer with a lease that a dead trainer does not keep for long."""
+
+
+@pytest.mark.slow
+async def test_kill_9_of_the_trainers_process_in_every_round_publishes_each_set_once(
+    redis: Redis, redis_url: str, data_dir: Path, tiny_base: Path, adapter: Path
+) -> None:
+    """With the real training processes, which die with their trainer."""
+    base = await asyncio.to_thread(open_base, TrainerSettings(data_dir=data_dir, model=str(tiny_base)))
+    stages = Stages(base, PolicyStore(data_dir / "policies"), data_dir / "jobs")
+    policies(stages, adapter)
+    job = await submit(redis, stages, total=None, rounds=2, round_prompts="all", activate=True)
+    env = {
+        "SIPO_DATA_DIR": str(data_dir),
+        "SIPO_MODEL": str(tiny_base),
+        "SIPO_REDIS_URL": redis_url,
+        "SIPO_TRAINER_PORT": str(free_ports(1)[0]),
+    }
+
+    @contextmanager
+    def process() -> Iterator[None]:
+        trainer = subprocess.Popen([sys.executable, "-c", TRAINER], env=os.environ | env)
+        try:
+            yield
+        finally:
+            trainer.kill()
+            trainer.wait()
+
+    async def known() -> Job:
+        return await JobStore(redis).get(job.id)
+
+    def there(round_: int, objective: str, name: str) -> bool:
+        return (stages.run_folder(job, round_, objective) / name).exists()
+
+    moments: list[Callable[[Job], bool]] = [
+        lambda _: there(1, "warm", "reference-train.safetensors"),
+        lambda _: there(2, "concise", "metrics.json"),
+        lambda now: now.state == JobState.COMPLETED,
+    ]
+    told: set[tuple[int, str]] = set()
+    async with fed(redis, stages, lambda _round, _row: True) as prompts, asyncio.timeout(400):
+        for moment in moments:
+            with process():
+                while not moment(now := await known()):
+                    assert now.state not in (JobState.FAILED, JobState.CANCELLED), now.error
+                    if now.progress:
+                        told.add((now.round, now.progress["objective"]))
+                    await asyncio.sleep(0.02)
+    done = await known()
+    assert (done.policy_set, done.counts.decided) == ("demo:3", 3)
+    assert told == {(round_, objective) for round_ in (1, 2) for objective in OBJECTIVES}
+    assert [one.id.removeprefix(f"{job.id}/") for one in prompts] == ["1/0", "1/1", "1/2", "2/0", "2/1", "2/2"]
+    sets = stages.store.sets()
+    assert [(one.id, one.manifest.parent) for one in sets] == [("demo:1", None), ("demo:2", "demo:1"), ("demo:3", "demo:2")]
+    assert stages.store.get("demo").id == "demo:3"
+    assert [one.policy_set for one in report_of(stages, job).rounds] == ["demo:2", "demo:3"]
+    for objective in OBJECTIVES:
+        weights = [load_file(one.adapter_dir(objective) / "adapter_model.safetensors") for one in sets]
+        for before, after in pairwise(weights):
+            assert before.keys() == after.keys()
+            assert not all(torch.equal(before[name], after[name]) for name in before)

@@ -8,20 +8,24 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from redis.asyncio import Redis
 from safetensors.torch import load_file, save_file
 
+from services.common.clients import DecoderClient
 from services.common.job_store import JobStore
 from services.common.jobs import JobState
 from services.common.messages import PromptDecided
 from services.common.queue import DECISIONS, Queue
 from services.common.queue.keys import job_key
-from services.trainer import rounds
+from services.decoder.settings import DecoderSettings
+from services.trainer import decoders, rounds
 from services.trainer.rounds import Stages
 from sipo.errors import TrainingFailed
 from sipo.training.settings import TrainMetrics, read_run
+from tests.fakes import FakeEngine, served
 from tests.trainer import OBJECTIVES, Tell, decide, decision, policies, report_of, submit, trainer, until
 
 
@@ -153,6 +157,33 @@ async def test_a_training_that_fails_ends_the_job_and_leaves_the_policies(
     assert failed.error == "it diverged" and [one.id for one in stages.store.sets()] == ["demo:1"]
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_the_decoder_sleeps_while_policies_are_trained(
+    redis: Redis, stages: Stages, runs: list[str], data_dir: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    monkeypatch.setattr(decoders, "POLL", 0.01)
+    engine = FakeEngine()
+    engine.calls = runs  # one list of what happens
+    settings = DecoderSettings(
+        data_dir=data_dir, cache_dir=data_dir / "cache", model=str(stages.base.folder), decoder_sleeps=allowed
+    )
+    job = await submit(redis, stages)
+    async with served(engine, settings) as app:
+        client = DecoderClient("http://decoder", transport=httpx.ASGITransport(app))
+        async with trainer(redis, stages, [client]):
+            if allowed:
+                await until(redis, job, JobState.GENERATING)
+                await decide(redis, job)
+            ended = await until(redis, job, JobState.COMPLETED if allowed else JobState.FAILED)
+    if allowed:
+        assert runs == [
+            *("sleep", "round-0/concise", "round-0/warm", "wake"),
+            *("sleep", "round-1/concise", "round-1/warm", "wake"),
+        ]
+    else:
+        assert runs == [] and "SIPO_DECODER_SLEEPS=true" in (ended.error or "")
+
+
 async def test_decisions_are_kept_while_another_job_trains_and_cancel_ends_the_training(
     redis: Redis, stages: Stages, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,24 +266,6 @@ async def test_a_decision_delivered_again_after_a_crash_is_there_once(redis: Red
     assert [PromptDecided.model_validate_json(line).prompt for line in path.read_text().splitlines()] == ["0", "1", "2"]
     assert (done.counts.decided, done.counts.accepted) == (3, 3)
     assert await redis.xlen(DECISIONS) == 0
-
-
-@pytest.mark.slow
-async def test_the_real_training_process_moves_the_policies(redis: Redis, stages: Stages, adapter: Path) -> None:
-    policies(stages, adapter)
-    job = await submit(redis, stages)
-    told: list[dict[str, Any]] = []
-    async with trainer(redis, stages):
-        await decide(redis, job)
-        async with asyncio.timeout(300):
-            while (found := await JobStore(redis).get(job.id)).state != JobState.COMPLETED:
-                assert not found.state.ended, found.error
-                if found.progress and found.progress not in told:
-                    told.append(found.progress)
-                await asyncio.sleep(0.05)
-    assert {one["objective"] for one in told} == set(OBJECTIVES) and told[-1]["of"] == 3
-    old, new = (load_file(stages.store.get(one).adapter_dir("warm") / "adapter_model.safetensors") for one in ("demo:1", "demo:2"))
-    assert old.keys() == new.keys() and not all(torch.equal(old[name], new[name]) for name in old)
 
 
 @pytest.mark.slow
