@@ -29,7 +29,7 @@ from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
 from sipo.training.methods import modpo_margins
 from sipo.training.reporting import Reporter
 from sipo.training.run import build_trainer, train
-from sipo.training.settings import Failure, Progress, TrainMetrics, TrainRun, TrainSettings, write_run
+from sipo.training.settings import Progress, TrainMetrics, TrainRun, TrainSettings, write_run
 from sipo.training.trainer import PairTrainer
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png"}
@@ -214,19 +214,6 @@ def test_an_adapter_of_another_base_is_refused(run: TrainRun, tmp_path: Path) ->
     save_file({name: torch.cat([value, value], dim=1) for name, value in weights.items()}, start / "adapter_model.safetensors")
     with pytest.raises(IncompatiblePolicy, match="cannot go on with"):
         go(run.model_copy(update={"start": start}), tmp_path / "second")
-
-
-def test_the_process_prints_only_json_and_ends_with_the_reason_of_a_failure(run: TrainRun, tmp_path: Path) -> None:
-    path = write_run(tmp_path, run)
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    command = [sys.executable, "-m", "sipo.training", str(path)]
-    good = subprocess.run(command, capture_output=True, text=True, check=True)
-    said = [Progress.model_validate_json(line) for line in good.stdout.splitlines()]
-    assert [(progress.stage, progress.step) for progress in said] == [("reference", 1), ("training", 1), ("training", 2)]
-    (tmp_path / "pairs.jsonl").write_text("")
-    bad = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert bad.returncode == 1
-    assert Failure.model_validate_json(bad.stdout).error == "no pair to train 'warm' on: there are no pairs"
 
 
 # Against TRL as it is
