@@ -1,8 +1,9 @@
 """What mixing needs of a GPU, and what it costs there: `make bench-gpu`.
 
-Three parts, each as far as the machine goes: the deltas on layers of a 7B model's shape, captured in a CUDA graph before the
-policies are loaded; the exact reference on the GPU against itself on the CPU; and the decoder with compiled graphs against the
-reference. Without a GPU the first and the last run small, which shows that the script works and nothing else.
+Four parts, each as far as the machine goes: the deltas on layers of a 7B model's shape, captured in a CUDA graph before the
+policies are loaded; the exact reference on the GPU against itself on the CPU; the decoder with compiled graphs against the
+reference; and what its engine gives up when it sleeps. Without a GPU all but the second run small, which shows that the script
+works and nothing else.
 """
 
 from __future__ import annotations
@@ -194,6 +195,33 @@ def decoder(base: Path, adapters: dict[str, Path]) -> list[Figure]:
     ]
 
 
+def sleeping(base: Path, adapters: dict[str, Path]) -> list[Figure]:
+    """The memory that a sleeping engine gives up, and whether it answers as before once awake, its policies loaded anew."""
+    mixtures = [mixture(POLICIES, ["a", "b"], {"a": first, "b": 1 - first})[0] for first in FIRST_WEIGHTS]
+    at_start = free_memory()
+    with OfflineDecoder(base, adapters, dtype="float32", max_model_len=128, ranks=COLUMNS, enable_sleep_mode=GPU) as engine:
+
+        def generate() -> list[list[int]]:
+            return engine.generate_mixtures(PROMPTS, mixtures, temperature=0, max_tokens=TOKENS, ignore_eos=True)
+
+        before, awake = generate(), free_memory()
+        engine.unload(POLICIES)
+        engine.llm.sleep(level=1)
+        asleep = free_memory()
+        engine.llm.wake_up()
+        engine.load(POLICIES, adapters)
+        equal = sum(answer == wanted for answer, wanted in zip(generate(), before, strict=True))
+    figures = [Figure("answers as before the engine slept", equal, f"of {len(PROMPTS)} answers", len(PROMPTS))]
+    if GPU:
+        figures.append(Figure("memory that a sleeping engine gives up", (asleep - awake) / (at_start - awake), "of all it holds"))
+    return figures
+
+
+def free_memory() -> int:
+    """Bytes of the GPU."""
+    return torch.cuda.mem_get_info()[0] if GPU else 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=BUNDLED_MODEL, help="a folder, or a hub name")
@@ -206,7 +234,7 @@ def main() -> None:
         if GPU:
             figures += reference(base, adapters)
         if importlib.util.find_spec("vllm"):
-            figures += decoder(base, adapters)
+            figures += [*decoder(base, adapters), *sleeping(base, adapters)]
         else:
             print("the decoder itself is left out: vLLM is not installed", file=sys.stderr)
     report("gpu", machine, figures)
