@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # Compiled at installation, as pip does it: the first start, and every start where Python may not write, is a minute shorter.
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help setup demo up test bench-decode bench-score bench-filter bench-train bench-gpu check lint types compose-check lock clean
+.PHONY: help setup demo up test bench-decode bench-score bench-filter bench-train bench-methods bench-gpu check lint types compose-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -54,6 +54,9 @@ bench-score: setup  ## what rewards cost against one model and one response at a
 
 bench-train: setup  ## what training costs against a plain TRL script: time, memory, and whether the losses agree
 	$(BIN)/python -m bench.train
+
+bench-methods: setup  ## what each method's policies have learned of the bundled data: reward accuracy on held-out pairs
+	$(BIN)/python -m bench.methods
 
 bench-gpu: setup  ## on a GPU: deltas in CUDA graphs, the reference, and the compiled decoder against it
 	$(BIN)/python -m bench.gpu

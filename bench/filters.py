@@ -108,21 +108,19 @@ def truly_better(example: Example, text: str, objective: str | None) -> bool:
     return all(better(name, original) for name in REWARDS for original in (example.response_0, example.response_1))
 
 
-def decide() -> list[PromptDecided]:
-    """The decisions of a round on held-out conflicting prompts, in a data folder of its own."""
+def decide(examples: list[Example], by: Filter) -> list[PromptDecided]:
+    """The decisions of a round of the shipped policies, in a data folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         settings = GatewaySettings(host="127.0.0.1", data_dir=Path(folder))
         source = bundled_input(settings)
-        spec = source.spec.model_copy(
-            update={"max_prompts": None, "stop_after": "pairs", "activate": False, "filter": Filter(keep_truncated=True)}
-        )
-        held_out = [one for split in HELD_OUT for one in bundled_examples(split) if one.conflicting(source.objectives)]
-        job = asyncio.run(run_round(settings, replace(source, spec=spec, examples=held_out[:PROMPTS])))
+        spec = source.spec.model_copy(update={"max_prompts": None, "stop_after": "pairs", "activate": False, "filter": by})
+        job = asyncio.run(run_round(settings, replace(source, spec=spec, examples=examples)))
         return DecisionLog(settings.data_dir / "jobs" / job.id).read(1)
 
 
 def main() -> None:
-    decisions = decide()
+    held_out = [one for split in HELD_OUT for one in bundled_examples(split) if one.conflicting()]
+    decisions = decide(held_out[:PROMPTS], Filter(keep_truncated=True))
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(BUNDLED_MODEL, GatewaySettings().cache_dir))
 
     def tokens(text: str) -> int:
