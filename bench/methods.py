@@ -86,7 +86,7 @@ def runs(bundled: Bundled, decisions: Sequence[PromptDecided]) -> dict[str, tupl
         for divergence in DIVERGENCES:
             settings = ALIGNMENT.model_copy(update={"divergence": divergence})
             found[f"{divergence}-{name}"] = bundled.run(name, settings=settings), own
-        margins = modpo_margins(EQUAL, name, adapters, betas=bundled.shipped.manifest.beta / ALIGNMENT.beta)
+        margins = modpo_margins(EQUAL, name, adapters, beta_ratio=bundled.shipped.manifest.beta / ALIGNMENT.beta)
         found[f"modpo_of_{name}"] = bundled.run(name, method="modpo", weights=EQUAL, margins=margins), own
         for design in get_args(Design):
             settings = PRESET.sipo.model_copy(update={"batch_size": 4})

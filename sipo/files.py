@@ -16,6 +16,12 @@ def write_atomically(path: Path, text: str) -> None:
     Path(file.name).replace(path)
 
 
+def sync_tree(folder: Path) -> None:
+    """`sync` for a folder with all that is in it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 def sync(path: Path) -> None:
     """After it, a file's content, or what was made or renamed in a folder, is there even if the machine stops."""
     handle = os.open(path, os.O_RDONLY)

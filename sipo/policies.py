@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, NotFound
-from sipo.files import sync
+from sipo.files import sync, sync_tree
 from sipo.preferences import Weights, check_objectives, uniform_weights
 from sipo.prompts import PromptFormat
 
@@ -201,9 +201,7 @@ class PolicyStore:
                 version = max(self._versions(draft.name), default=0) + 1
                 manifest = Manifest(**draft.model_dump(), version=version, created=datetime.now(UTC), adapters=refs)
                 (aside / "manifest.json").write_text(manifest.model_dump_json(indent=1))
-                for path in aside.rglob("*"):
-                    sync(path)
-                sync(aside)
+                sync_tree(aside)
                 aside.chmod(0o755)
                 try:
                     aside.rename(home / str(version))

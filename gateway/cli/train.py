@@ -77,7 +77,7 @@ def train(
     common = load(CommonSettings)
     store = PolicyStore(common.data_dir / "policies")
     planner = Planner(Base.open(common), None if start is None else store.get(start), by_preset, given)
-    runs = Runs(out, planner.runs(chosen, file, options))
+    runs = Runs(out.expanduser().absolute(), planner.runs(chosen, file, options))
     if publish is not None:
         runs.check_publishable(publish)
     runs.prepare()

@@ -127,12 +127,14 @@ class Planner:
 
     def lw(self, data: Labelled, weights: str) -> list[PlannedRun]:
         """Each objective's loss by its weight, on the same pairs."""
+        self._check_divergence("lw")
         by_name = _weights(weights, data)
         return [self._run("lw", "lw", "lw", self._alignment, lw_pairs(data.examples, by_name), weights=by_name)]
 
     def modpo(self, data: Labelled, weights: str, objective: str | None) -> list[PlannedRun]:
         """The pairs of one objective, by default of the heaviest, and the set's policies for the others as margins."""
         assert self.start is not None
+        self._check_divergence("modpo")
         by_name = _weights(weights, data)
         own = objective or max(by_name, key=by_name.__getitem__)
         if own not in by_name:
@@ -143,9 +145,14 @@ class Planner:
             raise InvalidRequest(f"{self.start.id} has no policy for {missing[0]!r}, but for {known}", param="start")
         adapters = {name: self.start.adapter_dir(name) for name in others}
         beta = changed(self._alignment, self.given).beta
-        margins = modpo_margins(by_name, own, adapters, betas=self.start.manifest.beta / beta)
+        margins = modpo_margins(by_name, own, adapters, beta_ratio=self.start.manifest.beta / beta)
         pairs = alignment_pairs(data.examples, own)
         return [self._run("modpo", "modpo", own, self._alignment, pairs, weights=by_name, margins=margins)]
+
+    def _check_divergence(self, method: Method) -> None:
+        divergence = changed(self._alignment, self.given).divergence
+        if divergence != "reverse_kl":
+            raise InvalidRequest(f"the method {method} is defined for reverse_kl, not for {divergence}", param="settings")
 
     @property
     def _alignment(self) -> TrainSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -15,6 +16,8 @@ from sipo.errors import InvalidRequest, TrainingFailed
 from sipo.training.settings import ACCELERATE, METRICS, Failure, Progress, TrainMetrics
 
 LOG = "train.log"
+GRACE = 20.0
+"""Seconds in which what starts several processes may end them, from SIGTERM to SIGKILL."""
 KILLS = 3
 """Times in a row, without a step between, that a run may be killed before it is given up."""
 LINE: TypeAdapter[Progress | Failure] = TypeAdapter(Progress | Failure)
@@ -88,14 +91,28 @@ class _Child:
                 if isinstance(said, Failure):
                     self.failure = said
                     continue
+                if said.note:
+                    log.info("training", run=str(self.run.parent), note=said.note)
                 if said.stage == "training":
                     self.step = said.step
                 await self.report(said)
             return await process.wait()
         finally:
             if process.returncode is None:
-                process.kill()
-                await process.wait()
+                ending = asyncio.create_task(_end(process))
+                while not ending.done():  # whoever cancels this may do so again meanwhile
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.shield(ending)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    # torchrun's own children live in sessions of their own: only it can end them, and only if it is asked.
+    process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), GRACE)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 def _how_it_ended(path: Path, status: int) -> str:

@@ -53,6 +53,7 @@ def common_arguments(
     accelerated = torch.accelerator.is_available()
     return {
         "output_dir": str(folder / CHECKPOINTS),
+        "run_name": "/".join(folder.absolute().parts[-3:]),  # in a tracker
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",
         # Rounded down: a short run has no step to lose to a learning rate of 0.
@@ -73,7 +74,7 @@ def common_arguments(
         "report_to": ["tensorboard", *([settings.tracker] if settings.tracker != "none" else [])],
         "eval_strategy": "epoch" if held_out else "no",
         "save_strategy": "epoch",
-        "save_total_limit": 2,
+        "save_total_limit": 3,  # the best, the newest, and one more while the newest is not marked whole
         "load_best_model_at_end": held_out,
         "metric_for_best_model": "eval_loss",
         "seed": settings.seed,

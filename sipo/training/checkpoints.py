@@ -6,30 +6,36 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sipo.files import sync
+from sipo.files import sync, sync_tree
 
 CHECKPOINTS = "checkpoints"
 WHOLE = "whole"
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint every `steps` optimizer steps, besides those at the end of each epoch."""
+    """Asks for a checkpoint every `steps` optimizer steps, besides those at the end of each epoch.
+
+    Those follow the epoch's validation. One before it, of the same step, would let a killed run go on in the next epoch, with this
+    one never measured; and it would be written over while it is marked whole.
+    """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % self.steps == 0:
+        if state.global_step % self.steps == 0 and not float(state.epoch).is_integer():
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # each process writes its own state
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for path in [*folder.iterdir(), folder]:
-            sync(path)
+        sync_tree(folder)
         (folder / WHOLE).touch()
         sync(folder)
 

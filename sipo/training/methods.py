@@ -27,7 +27,7 @@ from sipo.training.settings import Margin
 
 def lw_pairs(examples: Iterable[Example], weights: Weights) -> Iterator[TrainingPair]:
     """DPO LW: the examples that carry an objective with a weight, each oriented as its heavier side prefers (of equal ones as
-    response_1). Objectives without a label here count as if they had no weight."""
+    response_1). Objectives without a label here count as if they had no weight: a pair with few labels counts as much as others."""
     for example in examples:
         labelled = {name: weights[name] for name in example.labels if weights.get(name, 0) > 0}
         total = sum(labelled.values())
@@ -38,13 +38,13 @@ def lw_pairs(examples: Iterable[Example], weights: Weights) -> Iterator[Training
         yield TrainingPair(prompt=example.prompt, chosen=chosen, rejected=rejected, opposing_weight=min(prefer_1, 1 - prefer_1))
 
 
-def modpo_margins(weights: Weights, objective: str, adapters: Mapping[str, Path], *, betas: float = 1.0) -> list[Margin]:
-    """MODPO for `objective` at `weights`: the policies of the other objectives that have a weight. `betas`: the beta that those
-    were trained with over that of the run.
+def modpo_margins(weights: Weights, objective: str, adapters: Mapping[str, Path], *, beta_ratio: float = 1.0) -> list[Margin]:
+    """MODPO for `objective` at `weights`: the policies of the other objectives that have a weight. `beta_ratio`: the beta that
+    those were trained with over that of the run.
 
     Raises InvalidWeights if the objective itself has none: the loss divides by it.
     """
     if weights[objective] <= 0:
         raise InvalidWeights(f"MODPO divides by the weight of {objective!r}: it must be above 0, train another objective")
     others = {name: weight for name, weight in weights.items() if name != objective and weight > 0}
-    return [Margin(adapter=adapters[name], weight=weight * betas) for name, weight in others.items()]
+    return [Margin(adapter=adapters[name], weight=weight * beta_ratio) for name, weight in others.items()]

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
-from sipo.files import write_atomically
+from sipo.files import sync_tree, write_atomically
 from sipo.training.arguments import TARGETS, batch_per_process, common_arguments, largest_divisor, precision, processes
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
@@ -55,7 +57,10 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
     )
     if not data.train:
         raise InvalidRequest(f"no pair to train {run.objective!r} on: {_left_out(data, settings.max_prompt_tokens)}")
-    reporter = Reporter(run.objective, report, len(data.train) + len(data.validation) * data.held_out)
+    passes = 1 + len(run.margins)
+    reporter = Reporter(run.objective, report, passes * (len(data.train) + len(data.validation) * data.held_out))
+    if len(data.train) < settings.batch_size:
+        reporter.note(f"{len(data.train)} pairs are fewer than one batch of {settings.batch_size}: an epoch is one smaller step")
     micro_batch = largest_divisor(batch_per_process(settings), settings.micro_batch_size)
     while True:
         try:
@@ -64,7 +69,8 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
             if micro_batch == 1 or processes() > 1:
                 raise TrainingFailed(
                     f"the training of {run.objective!r} does not fit into memory at {micro_batch} pairs in a forward: use "
-                    "gradient_checkpointing, smaller max_prompt_tokens and max_response_tokens, or a smaller micro_batch_size"
+                    "gradient_checkpointing, smaller max_prompt_tokens and max_response_tokens"
+                    + (", or a smaller micro_batch_size" if micro_batch > 1 else "")
                 ) from error
         gc.collect()
         if torch.accelerator.is_available():
@@ -84,10 +90,11 @@ def _train(
     after = _measure(trainer)
     if not math.isfinite(after.loss):
         raise TrainingFailed(f"the training of {run.objective!r} diverged in its last step: use a smaller learning_rate")
-    if after.accuracy < 0.5 and after.margin < 0:  # ties alone, where nothing has moved, are no hits for TRL
+    if (worse := _made_worse(run, before, after)) is not None:
+        kind = "validation" if data.held_out else "training"
         raise TrainingFailed(
-            f"the training of {run.objective!r} made it worse: its reward accuracy on {len(data.validation)} validation pairs is "
-            f"{after.accuracy:.2f}, below chance; look at the pairs, or use a smaller learning_rate"
+            f"the training of {run.objective!r} made it worse: on {len(data.validation)} {kind} pairs its {worse}; look at the "
+            "pairs, or use a smaller learning_rate"
         )
     best = trainer.state.best_global_step
     metrics = TrainMetrics(
@@ -106,9 +113,10 @@ def _train(
         before=before,
         after=after,
     )
+    _save_adapter(trainer, folder / ADAPTER, run.base_name)
     if trainer.is_world_process_zero():
-        _save_adapter(trainer.model, folder / ADAPTER, run.base_name)
         write_records(folder, run, metrics, trainer.state.log_history)
+        sync_tree(folder / ADAPTER)  # nothing it could be made from again is left then
         write_atomically(folder / METRICS, metrics.model_dump_json(indent=1))
         for name in (CHECKPOINTS, ROWS):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -133,7 +141,9 @@ def build_trainer(
         fresh = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
     else:
         try:
-            model = PeftModel.from_pretrained(model, run.start, is_trainable=True)
+            # ZeRO-3 wants one dtype; TRL sees to that for a fresh LoRA only.
+            one_dtype = is_deepspeed_zero3_enabled()
+            model = PeftModel.from_pretrained(model, run.start, is_trainable=True, autocast_adapter_dtype=not one_dtype)
         except (ValueError, RuntimeError) as error:
             raise IncompatiblePolicy(f"cannot go on with {run.start}: {error}") from error
     args = DPOConfig(
@@ -169,7 +179,7 @@ def build_trainer(
 
 def _rows(args: DPOConfig, path: Path, rows: Sequence[TokenPair]) -> Dataset:
     """The rows as a data set on disk: TRL shares what it computes for them with the other processes beside it."""
-    with args.main_process_first():
+    with args.main_process_first(local=False):
         if not path.exists():
             aside = path.with_name(f".{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -216,8 +226,23 @@ def _measure(trainer: PairTrainer) -> Measure:
     return Measure(loss=logs["eval_loss"], margin=logs["eval_rewards/margins"], accuracy=logs["eval_rewards/accuracies"])
 
 
-def _save_adapter(model: Any, target: Path, base_name: str) -> None:
-    """Only the trained adapter: not the reference's copy, and not the place where this machine keeps the base."""
-    shutil.rmtree(target, ignore_errors=True)
-    model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(target)  # with PEFT's empty model card, which ours replaces
+def _made_worse(run: TrainRun, before: Measure, after: Measure) -> str | None:
+    """What got worse, if it did. By chance half of the pairs are hits, but for DPO LW, whose pairs may be oriented either way, and
+    MODPO, whose reference prefers by the other objectives: there the loss tells."""
+    if run.method in ("lw", "modpo"):
+        return f"loss went from {before.loss:.3f} to {after.loss:.3f}" if after.loss > before.loss else None
+    # Ties alone, where nothing has moved, are no hits for TRL.
+    return f"reward accuracy is {after.accuracy:.2f}, below chance" if after.accuracy < 0.5 and after.margin < 0 else None
+
+
+def _save_adapter(trainer: PairTrainer, target: Path, base_name: str) -> None:
+    """Only the trained adapter: not the reference's copy, and not the place where this machine keeps the base. For every process
+    to call: where they share the weights, they gather them."""
+    trainer.model.peft_config["default"].base_model_name_or_path = base_name
+    aside = Path(trainer.args.output_dir) / ADAPTER  # transformers adds a tokenizer and its own arguments
+    trainer.save_model(str(aside))
+    if trainer.is_world_process_zero():
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            (aside / name).rename(target / name)

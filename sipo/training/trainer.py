@@ -78,6 +78,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         # Called when TRL has put its head on the model, and before anything is computed with it.
         if name == "train":
             share_prompts(self.model.get_base_model())
+            if self.is_fsdp_enabled:  # which moves and shards the model later, when training begins
+                self.model.to(self.accelerator.device)
         path = reference_file(self._folder, name)
         if not path.exists():
             kept = self._reference(dataset, name, batch_size)

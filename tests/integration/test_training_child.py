@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+from services.common.tasks import end_tasks
 from services.common.training import launch_command, run_child
 from sipo.errors import InvalidRequest, TrainingFailed
 from sipo.prompts import PromptFormat
@@ -76,6 +78,28 @@ async def test_a_training_process_that_gets_no_further_is_given_up(make_run: Cal
     with pytest.raises(TrainingFailed, match="was killed 3 times without getting further, by signal 9"):
         await run_child(run, tell, [sys.executable, "-c", script])
     assert told == [4, 4, 4]
+
+
+async def test_a_launcher_of_several_processes_is_asked_to_end_them(make_run: Callable[[str], Path]) -> None:
+    """They live in sessions of their own: nobody else can."""
+    run = make_run("several")
+    ended = run.parent / "ended"
+    step = Progress(objective="warm", stage="training", step=1, of=9, seconds_left=1, loss=1).model_dump_json()
+    script = (
+        "import pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), pathlib.Path({str(ended)!r}).touch(), sys.exit()))\n"
+        f"print({step!r}, flush=True)\n"
+        "time.sleep(600)"
+    )
+    running = asyncio.Event()
+
+    async def tell(_: Progress) -> None:
+        running.set()
+
+    task = asyncio.create_task(run_child(run, tell, [sys.executable, "-c", script]))
+    await running.wait()
+    await end_tasks(task, every=0.1)
+    assert task.cancelled() and ended.exists()
 
 
 def test_the_shipped_configurations_are_accelerates(tmp_path: Path) -> None:

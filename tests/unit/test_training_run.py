@@ -21,9 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
+from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
 from sipo.prompts import PromptFormat
+from sipo.training.__main__ import claim
 from sipo.training.arguments import TARGETS
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
 from sipo.training.methods import modpo_margins
@@ -325,7 +326,7 @@ def test_modpo_is_dpo_with_the_other_objectives_as_margins(run: TrainRun, tmp_pa
         go(changed(run, seed=index, beta=theirs), tmp_path / name, shuffled)
         adapters[name] = tmp_path / name / "adapter"
     weights = {"warm": 0.4, "concise": 0.35, "safe": 0.25}
-    margins = modpo_margins(weights, "warm", adapters, betas=theirs / beta)
+    margins = modpo_margins(weights, "warm", adapters, beta_ratio=theirs / beta)
     modpo = run.model_copy(update={"method": "modpo", "weights": weights, "margins": margins})
     metrics, _ = go(modpo, tmp_path / "modpo")
 
@@ -387,6 +388,40 @@ def test_a_run_killed_at_any_step_goes_on_and_ends_the_same(run: TrainRun, tmp_p
     assert not (folder / "checkpoints").exists()
 
 
+def test_a_run_killed_while_an_epoch_is_measured_measures_it_again(
+    run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a checkpoint before the epoch's validation that a resumed run would take for the end of the epoch."""
+    pairs = [TrainingPair(prompt=f"question {i}", chosen="yes, yes", rejected="no") for i in range(48)]
+    contrary = held_out_pairs(run, pairs)[0]  # the first epoch's adapter is the best, then
+    contrary["chosen"], contrary["rejected"] = contrary["rejected"], contrary["chosen"]
+    run = changed(run, epochs=3, batch_size=16, checkpoint_steps=1)
+    whole, _ = go(run, tmp_path / "whole", pairs)
+    evaluate, evaluations = PairTrainer.evaluate, 0
+
+    def killed_at_first(self: PairTrainer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations == 1:
+            raise Killed
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(PairTrainer, "evaluate", killed_at_first)
+    with pytest.raises(Killed):
+        go(run, tmp_path / "killed", pairs)
+    again, _ = go(run, tmp_path / "killed", pairs)
+    assert evaluations == 1 + 3 + 1
+    assert again.model_dump(exclude={"seconds"}) == whole.model_dump(exclude={"seconds"})
+
+
+def test_a_run_is_one_processs_at_a_time(run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_run(tmp_path, run)
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    with claim(path), pytest.raises(Conflict, match="is being trained already, by another process"):
+        claim(path)
+    claim(path).close()
+
+
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
     run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,7 +452,10 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(PairTrainer, "_compute_loss", without_memory)
-    with pytest.raises(TrainingFailed, match="does not fit into memory at 1 pairs in a forward: use gradient_checkpointing"):
+    with pytest.raises(
+        TrainingFailed,
+        match=r"at 1 pairs in a forward: use gradient_checkpointing, smaller max_prompt_tokens and max_response_tokens$",
+    ):
         go(run, tmp_path / "none")
 
 
@@ -452,7 +490,7 @@ def test_a_run_that_ends_below_chance_fails_and_leaves_no_adapter(run: TrainRun,
     for pair in pairs:
         if pair["prompt"] in held_out:
             pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
-    with pytest.raises(TrainingFailed, match=r"its reward accuracy on 5 validation pairs is 0\.00, below chance"):
+    with pytest.raises(TrainingFailed, match=r"on 5 validation pairs its reward accuracy is 0\.00, below chance"):
         go(changed(run, batch_size=8), tmp_path, pairs)
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "metrics.json").exists()
 
