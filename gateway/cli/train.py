@@ -115,6 +115,13 @@ def _summarise(runs: Runs, metrics: Mapping[str, TrainMetrics]) -> None:
         validation = one.validation_pairs if one.held_out else 0
         table.add_row(name, str(one.pairs), str(validation), *measured, f"{one.seconds:.0f}")
     console.print(table)
+    for name, one in metrics.items():
+        if one.prompts_too_long or one.identical or one.responses_cut:
+            console.print(
+                f"{name}: left out {one.prompts_too_long} pairs with prompts too long and {one.identical} of two equal responses; "
+                f"cut {one.responses_cut} responses",
+                markup=False,
+            )
     if not all(one.held_out for one in metrics.values()):
         console.print("too few pairs to hold some out for validation: loss and reward accuracy are those of the training pairs")
     for planned in runs.planned:

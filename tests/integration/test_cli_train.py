@@ -326,6 +326,16 @@ def test_a_bad_settings_file_is_told_by_its_field(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("args", [["--method", "lw"], ["--method", "modpo", "--start", "demo"]])
+def test_lw_and_modpo_are_defined_for_reverse_kl_alone(
+    train: Train, made: list[str], policies: PolicySet, labelled: Path, tmp_path: Path, args: list[str]
+) -> None:
+    settings = settings_file(tmp_path / "other.yaml", divergence="js_divergence")
+    result = train(labelled, *args, "--weights", "concise=0.4,warm=0.6", "--settings", settings)
+    assert (result.exit_code, made) == (2, [])
+    assert f"the method {args[1]} is defined for reverse_kl, not for js_divergence" in result.stderr
+
+
 def test_policies_of_another_base_are_refused(train: Train, made: list[str], data_dir: Path, pairs: Path, tmp_path: Path) -> None:
     write_policy_set(data_dir / "policies", "demo:1", OBJECTIVES, current=True)
     result = train(pairs, "--start", "demo")
