@@ -166,7 +166,7 @@ def group(bundled: Bundled, example: Example) -> Group:
 
 def fine_tune(bundled: Bundled, settings: GatewaySettings) -> tuple[float, float]:
     """Loss per token of the held-out responses before and after SFT on both responses of so many training pairs."""
-    run = SftRun(bundled.base, BUNDLED_MODEL, bundled.prompt_format, PRESET.sipo.model_copy(update={"learning_rate": 2e-4}))
+    run = SftRun(bundled.base, BUNDLED_MODEL, bundled.prompt_format, PRESET.sft)
     out = FOLDER / "sft"
     if not (out / RECIPE).exists():
         train_sft(run, bundled_examples("train")[:MAX_PAIRS], out, lambda _progress: None, cache_dir=settings.cache_dir)

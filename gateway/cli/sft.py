@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
 from sipo.models import resolve_model
 from sipo.prompts import PromptFormat
-from sipo.training.presets import read_settings
+from sipo.training.presets import NOT_OF_SFT, changed, read_preset, read_settings
 from sipo.training.settings import TrainSettings
 
 
@@ -23,8 +24,9 @@ def sft(
     data: Annotated[str, typer.Argument(metavar="FILE", help="Labelled data, as for `sipo conflicts`; the labels do not matter.")],
     *,
     out: Annotated[Path, typer.Option(file_okay=False, help="The new base: a folder that is not there yet.")],
+    preset: Annotated[str, typer.Option(help="small, or the paper's values: beavertails, helpsteer.")] = "small",
     settings: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="YAML with training settings. Default: 3 epochs at 1e-4, as the paper's.")
+        Path | None, typer.Option(dir_okay=False, help="YAML with training settings; they win over the preset.")
     ] = None,
 ) -> None:
     """Fine-tune the base model (SIPO_MODEL) on every response of a file. The same command again goes on where it was stopped.
@@ -40,11 +42,16 @@ def sft(
     file = read_data(data)
     if not isinstance(file, Labelled):
         raise InvalidRequest("fine-tuning takes labelled data, and the file holds pairs")
-    # The paper's values; the rest is as for policies.
-    chosen = TrainSettings(epochs=3, learning_rate=1e-4, batch_size=2) if settings is None else read_settings(settings)
+    given = TrainSettings() if settings is None else read_settings(settings)
+    if foreign := sorted(given.model_fields_set & NOT_OF_SFT):
+        raise InvalidRequest(f"{settings} sets {', '.join(foreign)}: fine-tuning has no pairs, leave it out", param="settings")
+    chosen = changed(read_preset(preset).sft, given)
     common = load(CommonSettings)
     base = resolve_model(common.model, common.cache_dir)
 
+    if "WORLD_SIZE" not in os.environ:
+        # One process trains on one GPU: with more in sight transformers would use DataParallel, which TRL refuses.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 

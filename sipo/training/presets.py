@@ -13,6 +13,8 @@ from sipo.preferences import ObjectiveName
 from sipo.training.settings import TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
+NOT_OF_SFT = frozenset({"beta", "alpha", "divergence", "divergence_alpha", "max_pairs"})
+"""Settings of preference pairs: supervised fine-tuning has none."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -22,6 +24,7 @@ class Preset(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    sft: TrainSettings = Field(description="of supervised fine-tuning: see NOT_OF_SFT")
     alignment: TrainSettings = Field(description="of a first alignment, and of DPO LW and MODPO")
     sipo: TrainSettings
     sipo_learning_rates: dict[ObjectiveName, float] = Field(default={}, description="of objectives that have their own")

@@ -5,7 +5,6 @@ A run that is killed at any moment goes on from its last whole checkpoint when i
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import shutil
@@ -26,9 +25,10 @@ from trl import DPOConfig
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.files import sync_tree, write_atomically
-from sipo.training.arguments import TARGETS, batch_per_process, common_arguments, largest_divisor, precision, processes
+from sipo.training.arguments import TARGETS, common_arguments, precision
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
+from sipo.training.memory import fitting
 from sipo.training.records import write_records
 from sipo.training.reporting import Reporter
 from sipo.training.settings import ADAPTER, METRICS, PAIRS, Measure, Progress, TrainMetrics, TrainRun
@@ -61,23 +61,13 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
     reporter = Reporter(run.objective, report, passes * (len(data.train) + len(data.validation) * data.held_out))
     if len(data.train) < settings.batch_size:
         reporter.note(f"{len(data.train)} pairs are fewer than one batch of {settings.batch_size}: an epoch is one smaller step")
-    micro_batch = largest_divisor(batch_per_process(settings), settings.micro_batch_size)
-    while True:
-        try:
-            return _train(run, folder, data, tokenizer, reporter, micro_batch=micro_batch)
-        except torch.OutOfMemoryError as error:
-            if micro_batch == 1 or processes() > 1:
-                raise TrainingFailed(
-                    f"the training of {run.objective!r} does not fit into memory at {micro_batch} pairs in a forward: use "
-                    "gradient_checkpointing, smaller max_prompt_tokens and max_response_tokens"
-                    + (", or a smaller micro_batch_size" if micro_batch > 1 else "")
-                ) from error
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        smaller = largest_divisor(batch_per_process(settings), micro_batch // 2)
-        reporter.note(f"out of memory at {micro_batch} pairs in a forward: goes on with {smaller}, at the same batch size")
-        micro_batch = smaller
+    return fitting(
+        settings,
+        reporter,
+        lambda micro_batch: _train(run, folder, data, tokenizer, reporter, micro_batch=micro_batch),
+        what=f"the training of {run.objective!r}",
+        of="pairs",
+    )
 
 
 def _train(

@@ -11,7 +11,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 from trl import SFTConfig, SFTTrainer
 
 from sipo.errors import Conflict, InvalidRequest, TrainingFailed
+from sipo.files import sync, sync_tree, write_atomically
 from sipo.models import model_sha256
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
-from sipo.training.arguments import TARGETS, batch_per_process, common_arguments, largest_divisor, precision
+from sipo.training.arguments import TARGETS, common_arguments, precision
 from sipo.training.checkpoints import Checkpoints, last_checkpoint
 from sipo.training.data import HELD_OUT, MIN_PAIRS_TO_HOLD_OUT
+from sipo.training.memory import fitting
+from sipo.training.presets import NOT_OF_SFT
 from sipo.training.records import draw_curve
 from sipo.training.reporting import Reporter
-from sipo.training.settings import CURVE, Progress, TrainSettings
+from sipo.training.settings import ADAPTER, CURVE, HISTORY, Progress, TrainSettings
 
 IGNORED = -100
 RECIPE = "recipe.json"
+TENSORBOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class SftRows:
     train: list[dict[str, list[int]]]
     validation: list[dict[str, list[int]]]
     left_out: int
+
+
+@dataclass(frozen=True)
+class _Trained:
+    steps: int
+    micro_batch_size: int
+    loss: float
+    history: Sequence[Mapping[str, Any]]
+    """The trainer's log, a mapping a step or a validation."""
 
 
 def sft_rows(examples: Iterable[Example], prompt_format: PromptFormat, tokenizer: Any, settings: TrainSettings) -> SftRows:
@@ -79,10 +92,12 @@ def sft_rows(examples: Iterable[Example], prompt_format: PromptFormat, tokenizer
 
 
 def train_sft(run: SftRun, examples: Sequence[Example], out: Path, report: Callable[[Progress], None], *, cache_dir: Path) -> Path:
-    """Fine-tunes the base and leaves a whole float32 model in `out`, with recipe.json and loss.png: a new base.
+    """Fine-tunes the base and leaves a whole float32 model in `out`: a new base, with recipe.json, history.jsonl, loss.png and
+    TensorBoard's files beside its own.
 
     A run that is killed goes on when it is started again with the same `out`, whose working files lie beside it. Raises Conflict if
-    `out` is there already, InvalidRequest if no row is usable, TrainingFailed if the loss diverges.
+    `out` is there already, or if those files are another run's, InvalidRequest if no row is usable, TrainingFailed if the run
+    diverges or does not fit into memory.
     """
     if out.exists():
         raise Conflict(f"{out} is there already: name another folder")
@@ -92,42 +107,81 @@ def train_sft(run: SftRun, examples: Sequence[Example], out: Path, report: Calla
     if not rows.train:
         longest = settings.max_prompt_tokens
         raise InvalidRequest(f"no response to train on: {rows.left_out} prompts are longer than {longest} tokens")
+    recipe: dict[str, Any] = {
+        "base": {"name": run.base_name, "sha256": model_sha256(run.base, cache_dir)},
+        "prompt_format": run.prompt_format.model_dump(mode="json"),
+        "data_sha256": hashlib.sha256("".join(example.model_dump_json() for example in examples).encode()).hexdigest(),
+        "settings": settings.model_dump(mode="json", exclude=set(NOT_OF_SFT)),
+    }
     work = out.with_name(f".{out.name}.training")
-    trainer = _trainer(run, rows, tokenizer, work, Reporter("sft", report, 0))
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
-    loss = trainer.evaluate()["eval_loss"]
-    if not math.isfinite(loss):
-        raise TrainingFailed("the fine-tuning diverged in its last step: use a smaller learning_rate")
-    trainer.model.save_pretrained(work / "adapter")
+    _begin(work, recipe)
+    reporter = Reporter("sft", report, 0)
+    trained = fitting(
+        settings,
+        reporter,
+        lambda micro_batch: _train(run, rows, tokenizer, work, reporter, micro_batch=micro_batch),
+        what="the fine-tuning",
+        of="responses",
+    )
 
     # Beside the trained model, which may be in bfloat16: merged where nothing is lost.
     plain = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(plain, work / "adapter").merge_and_unload()
+    merged = PeftModel.from_pretrained(plain, work / ADAPTER).merge_and_unload()
     aside = work / "merged"
     shutil.rmtree(aside, ignore_errors=True)
     merged.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    draw_curve(aside / CURVE, "supervised fine-tuning", trainer.state.log_history)
-    recipe = {
-        "base": {"name": run.base_name, "sha256": model_sha256(run.base, cache_dir)},
-        "data_sha256": hashlib.sha256("".join(example.model_dump_json() for example in examples).encode()).hexdigest(),
-        "settings": settings.model_dump(mode="json"),
+    draw_curve(aside / CURVE, "supervised fine-tuning", trained.history)
+    (aside / HISTORY).write_text("".join(json.dumps(entry) + "\n" for entry in trained.history))
+    shutil.copytree(work / TENSORBOARD, aside / TENSORBOARD)
+    recipe |= {
         "rows": len(rows.train),
         "validation_rows": len(rows.validation),
         "prompts_too_long": rows.left_out,
-        "steps": trainer.state.global_step,
-        "loss": loss,
+        "steps": trained.steps,
+        "micro_batch_size": trained.micro_batch_size,
+        "loss": trained.loss,
         "sha256": model_sha256(aside, cache_dir),
     }
     (aside / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
+    sync_tree(aside)  # nothing it could be made from again is left then
     aside.rename(out)
+    sync(out.parent)
     shutil.rmtree(work)
     return out
 
 
-def _trainer(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: Reporter) -> SFTTrainer:
+def _begin(work: Path, recipe: Mapping[str, Any]) -> None:
+    """Writes down what the run is made from, as far as it is known before it. Raises Conflict, with nothing touched, if there are
+    checkpoints of a run that was made from something else."""
+    path = work / RECIPE
+    if last_checkpoint(work) is None:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_atomically(path, json.dumps(recipe, indent=1) + "\n")
+        sync(work)
+        return
+    begun = json.loads(path.read_text()) if path.exists() else {}
+    if other := [name for name, value in recipe.items() if begun.get(name) != value]:
+        raise Conflict(
+            f"{work} has the checkpoints of another fine-tuning, which differs in {', '.join(other)}: name another folder, or "
+            "remove that one"
+        )
+
+
+def _train(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: Reporter, *, micro_batch: int) -> _Trained:
+    """Leaves the adapter in `work`."""
+    trainer = _trainer(run, rows, tokenizer, work, reporter, micro_batch=micro_batch)
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    loss = trainer.evaluate()["eval_loss"]
+    if not math.isfinite(loss):
+        raise TrainingFailed("the fine-tuning diverged in its last step: use a smaller learning_rate")
+    trainer.model.save_pretrained(work / ADAPTER)
+    return _Trained(trainer.state.global_step, micro_batch, loss, trainer.state.log_history)
+
+
+def _trainer(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: Reporter, *, micro_batch: int) -> SFTTrainer:
     settings, dtype = run.settings, precision()
-    micro_batch = largest_divisor(batch_per_process(settings), settings.micro_batch_size)
     args = SFTConfig(
         **common_arguments(
             settings, work, rows=len(rows.train), micro_batch=micro_batch, dtype=dtype, held_out=bool(rows.validation)

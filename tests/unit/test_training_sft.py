@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import SFTTrainer
 
-from sipo.errors import Conflict, InvalidRequest
+from sipo.errors import Conflict, InvalidRequest, TrainingFailed
 from sipo.models import model_sha256
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
@@ -66,12 +69,16 @@ def test_a_killed_fine_tuning_goes_on_and_becomes_a_base_with_its_own_hash(
         if progress.step == 5 and steps.count(5) == 1:
             raise Killed
 
-    def tune(out: Path) -> Path:
-        return train_sft(run, EXAMPLES, out, kill_at_5, cache_dir=tmp_path / "cache")
+    def tune(out: Path, run: SftRun = run, examples: list[Example] = EXAMPLES) -> Path:
+        return train_sft(run, examples, out, kill_at_5, cache_dir=tmp_path / "cache")
 
     with pytest.raises(Killed):
         tune(tmp_path / "tuned")
     assert not (tmp_path / "tuned").exists()
+    slower = replace(run, settings=SETTINGS.model_copy(update={"learning_rate": 1e-3}))
+    for other, examples, differs in ((run, EXAMPLES[1:], "data_sha256"), (slower, EXAMPLES, "settings")):
+        with pytest.raises(Conflict, match=f"checkpoints of another fine-tuning, which differs in {differs}: name another folder"):
+            tune(tmp_path / "tuned", other, examples)
     tuned = tune(tmp_path / "tuned")
     assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 11, 12]
 
@@ -83,6 +90,9 @@ def test_a_killed_fine_tuning_goes_on_and_becomes_a_base_with_its_own_hash(
     assert recipe["sha256"] == model_sha256(tuned, tmp_path / "cache")
     assert AutoModelForCausalLM.from_pretrained(tuned).dtype == torch.float32
     assert (tuned / "loss.png").read_bytes().startswith(b"\x89PNG")
+    history = [json.loads(line) for line in (tuned / "history.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in history if "loss" in entry] == [*range(1, 13)]
+    assert any((tuned / "tensorboard").iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"tuned", "cache"}
 
     again = tune(tmp_path / "again")  # without being killed
@@ -90,6 +100,35 @@ def test_a_killed_fine_tuning_goes_on_and_becomes_a_base_with_its_own_hash(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(Conflict, match="is there already"):
         tune(tmp_path / "again")
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
+    tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, room = SFTTrainer.compute_loss, 2
+
+    def with_little_memory(self: SFTTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["input_ids"]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, model, inputs, *args, **kwargs)
+
+    def tune(micro_batch: int) -> tuple[list[float | None], list[str], dict[str, Any]]:
+        settings = SETTINGS.model_copy(update={"epochs": 1, "micro_batch_size": micro_batch, "checkpoint_steps": 9})
+        said: list[Progress] = []
+        run = SftRun(tiny_base, "tiny", PromptFormat.of(tiny_tokenizer), settings)
+        out = train_sft(run, EXAMPLES, tmp_path / f"at-{micro_batch}", said.append, cache_dir=tmp_path / "cache")
+        losses = [progress.loss for progress in said if not progress.note]
+        return losses, [progress.note for progress in said if progress.note], json.loads((out / "recipe.json").read_text())
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", with_little_memory)
+    losses, notes, recipe = tune(4)
+    assert notes == ["out of memory at 4 responses in a forward: goes on with 2, at the same batch size"]
+    assert (recipe["steps"], recipe["micro_batch_size"]) == (3, 2)
+    assert losses == pytest.approx(tune(1)[0], abs=1e-5)
+
+    room = 0
+    with pytest.raises(TrainingFailed, match=r"at 1 responses in a forward: use gradient_checkpointing, .* max_response_tokens$"):
+        tune(3)
 
 
 def test_nothing_to_train_on_is_told(tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
