@@ -12,8 +12,8 @@ what an epoch costs,
     (our reference pass + our epoch) / plain epoch
 
 with an epoch from the begin to the end of training: batches, steps, logs, and our checkpoint. Three epochs are counted from the
-same measurements, since the pass is made once: (our reference pass + 3 · our epoch) / (3 · plain epoch). What a run does once,
-however many pairs it has, is left out on both sides: loading, and, for ours, TRL's hash of the weights (3 s here on one core).
+same measurements, since the pass is made once: (our reference pass + 3 · our epoch) / (3 · plain epoch). Loading is left out on
+both sides.
 """
 
 from __future__ import annotations

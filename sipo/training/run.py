@@ -142,8 +142,6 @@ def build_trainer(
         f_divergence_type=settings.divergence,
         f_alpha_divergence_coef=settings.divergence_alpha,
         beta=run.beta,
-        # Costs one pass per pair, as computing it on the way would, and saves one for each further look at a pair.
-        precompute_ref_log_probs=True,
     )
     trainer = PairTrainer(
         alpha=settings.alpha,

@@ -45,11 +45,13 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
     """Trains on rows of TokenPair.
 
     `alpha`: weight of Eq. 8's NLL. `margins`: other objectives' policies, whose log-ratios shift the reference (MODPO). The
-    reference's log-probabilities are computed once and kept in `folder`. `on_reference` is called with the number of pairs after
-    each batch of them.
+    reference's log-probabilities are computed once, before training, and kept in `folder`. `on_reference` is called with the number
+    of pairs after each batch of them.
     """
 
     _precompute_model_hash: str
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
 
     def __init__(
         self, *, alpha: float, margins: Sequence[Margin], folder: Path, on_reference: Callable[[int], None], **arguments: Any
@@ -59,6 +61,13 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         self._folder = folder
         self._on_reference = on_reference
         super().__init__(**arguments)
+        # TRL would do this itself if it were told so earlier, and first hash all weights, to name a cache of its own: minutes for a
+        # model of 7B parameters. What is kept here belongs to one run.
+        self._precompute_model_hash = str(folder)
+        self.precompute_ref_logps = self.args.precompute_ref_log_probs = True
+        self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", self.args.per_device_train_batch_size)
+        if self.eval_dataset is not None:
+            self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", self.args.per_device_eval_batch_size)
         # Checkpoints hold the trained adapter alone. With the reference's copy beside it, transformers would load that on resuming
         # and leave the trained one as it was.
         self.model.save_pretrained = partial(self.model.save_pretrained, selected_adapters=["default"], save_embedding_layers=False)
