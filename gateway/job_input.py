@@ -36,6 +36,17 @@ def settle_spec(
         if not any(name in example.labels for example in examples):
             found = ", ".join(sorted({label for example in examples for label in example.labels}))
             raise InvalidRequest(f"no example has a label for {name!r}: the labels found are {found}", param="objectives")
+    for name in spec.learning_rates:
+        if name not in objectives:
+            raise InvalidRequest(
+                f"learning_rates has one for {name!r}: the job's objectives are {', '.join(objectives)}", param="learning_rates"
+            )
+    # Only what a caller has written: `alignment` may have other fields, and the default of alpha is a round's.
+    if "alpha" in spec.alignment.model_fields_set and spec.alignment.alpha > 0:
+        raise InvalidRequest(
+            "alpha is the weight of the NLL term in Eq. 8, and a first alignment (Eq. 2) has none: leave it out, or give 0",
+            param="alignment.alpha",
+        )
     for name in spec.filter.reward_models:
         if name not in reward_models:
             known = ", ".join(sorted(reward_models)) or "none"
@@ -53,6 +64,7 @@ def settle_spec(
     settled = spec.model_copy(
         update={
             "objectives": objectives,
+            "alignment": spec.alignment.model_copy(update={"alpha": 0.0}),
             "weights": spec.weights
             and [normalize_weights(w, objectives, param=f"weights[{i}]") for i, w in enumerate(spec.weights)],
             "review_weights": spec.review_weights and normalize_weights(spec.review_weights, objectives, param="review_weights"),

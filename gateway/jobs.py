@@ -117,7 +117,8 @@ async def cancel_job(job: str, request: Request) -> Job:
 
 @router.get("/{job}/pairs", response_class=StreamingResponse)
 async def get_pairs(job: str, request: Request) -> Response:
-    """The Pareto pairs of all rounds so far, as JSONL in TRL's columns: prompt, chosen, rejected.
+    """The Pareto pairs of all rounds so far (D^c of section 3.3, whatever `preferences` the job trains on), as JSONL in TRL's
+    columns: prompt, chosen, rejected.
 
     Then round, and objective where a pair is for one only.
     """

@@ -15,6 +15,7 @@ from gateway.cli.progress import watch_job
 from services.common.job_store import Job
 from services.common.jobs import JobSpec, JobState
 from sipo.errors import InvalidRequest
+from sipo.training.presets import Preset, read_preset
 
 app = typer.Typer(no_args_is_help=True, help="Submit, watch and cancel jobs of a running gateway.")
 
@@ -32,11 +33,14 @@ def submit(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, each from the policies of the one before. Default: 1.")] = None,
     activate: Annotated[bool, typer.Option("--activate", help="Make the new policies current when they are done.")] = False,
     stop_after_pairs: Annotated[bool, typer.Option("--stop-after-pairs", help="Do not train: look at the pairs first.")] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="Training settings: small, the default, or the paper's: beavertails, helpsteer.")
+    ] = None,
     spec: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="YAML or JSON with any field of a job.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and show the progress.")] = False,
     url: GatewayUrl = DEFAULT_URL,
 ) -> None:
-    """Submit a data set as a job and print the job's id. Options win over --spec.
+    """Submit a data set as a job and print the job's id. Options win over --spec, and --spec wins over --preset.
 
     Examples:
 
@@ -55,6 +59,8 @@ def submit(
         "stop_after": "pairs" if stop_after_pairs else None,
     }
     wanted = JobSpec.model_validate(fields | {name: value for name, value in given.items() if value is not None})
+    if preset is not None:
+        wanted = _on_preset(read_preset(preset), wanted)
     gateway = Gateway(url)
     job = submit_file(gateway, wanted, file)
     console.print(job.id)
@@ -78,6 +84,18 @@ def _read_spec(spec: Path | None) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise InvalidRequest(f"{spec} holds no mapping of job fields")
     return fields
+
+
+def _on_preset(preset: Preset, spec: JobSpec) -> JobSpec:
+    """`spec` with the preset's settings, where it has none of its own."""
+    given = spec.model_dump(exclude_unset=True)
+    alignment, training = given.get("alignment", {}), given.get("training", {})
+    rates = {} if "learning_rate" in training else preset.sipo_learning_rates  # those would win over it
+    settings = {
+        "alignment": preset.alignment.model_dump(exclude_unset=True) | alignment,
+        "training": preset.sipo.model_dump(exclude_unset=True) | training,
+    }
+    return JobSpec.model_validate({"learning_rates": rates} | given | settings)
 
 
 @app.command("list")

@@ -83,8 +83,11 @@ class JobSpec(Request):
     seed: int = 0
     max_tokens: int = Field(default=128, ge=1, le=4096)
     review_max_tokens: int = Field(default=96, ge=1, le=4096)
-    alignment: TrainSettings = Field(default=TrainSettings(epochs=2, learning_rate=5e-4))
+    alignment: TrainSettings = Field(default=TrainSettings(epochs=2, learning_rate=5e-4, alpha=0))
     training: TrainSettings = Field(default=TrainSettings())
+    learning_rates: dict[ObjectiveName, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="of a round, for objectives that have their own"
+    )
     preferences: Design = Field(
         default="both",
         description="what a round's policies learn of each prompt: y_c over both originals; or one of the designs of the paper's "
@@ -96,6 +99,10 @@ class JobSpec(Request):
         description="make the last round's set current when the job completes. Those of the rounds before are steps on the way: "
         "callers would get policies that nobody has chosen, and keep them if a later round fails",
     )
+
+    def training_for(self, objective: str) -> TrainSettings:
+        own = self.learning_rates.get(objective, self.training.learning_rate)
+        return self.training.model_copy(update={"learning_rate": own})
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -36,6 +36,8 @@ TAIL = 2000  # characters of a log that tell why a process ended
 @dataclass(frozen=True)
 class ProcessSpec:
     """One process. It is ready when `ready_url` answers: http(s)://… with 2xx, redis://… to a ping; None: once it runs.
+    Once it has been ready, any HTTP answer will do when it is started again: what it then waits for, such as a training's end, may
+    take hours.
 
     It starts when all of `after` have been ready, and stops before any of them.
     """
@@ -218,9 +220,10 @@ class Supervisor:
         clock = asyncio.get_running_loop().time
         begin = clock()
         while process.returncode is None and not self._stopping.is_set():
-            if await _answers(child.spec.ready_url):
+            again = child.was_ready.is_set()
+            if await _answers(child.spec.ready_url, ready=not again):
                 child.was_ready.set()
-                self._tell(child.spec.name, f"ready after {clock() - begin:.1f} s")
+                self._tell(child.spec.name, f"{'answers' if again else 'ready'} after {clock() - begin:.1f} s")
                 return
             if clock() - begin > self.ready_timeout:
                 self._tell(child.spec.name, f"not ready within {self.ready_timeout:.0f} s")
@@ -255,7 +258,8 @@ async def _first(*waits: Awaitable[Any]) -> None:
             future.cancel()
 
 
-async def _answers(url: str | None) -> bool:
+async def _answers(url: str | None, *, ready: bool) -> bool:
+    """With 2xx if it has to be `ready`."""
     if url is None:
         return True
     if url.startswith("redis"):
@@ -269,6 +273,6 @@ async def _answers(url: str | None) -> bool:
     try:
         # No certificates: loading them for every look takes more time than the services have for starting.
         async with httpx.AsyncClient(timeout=2, verify=False) as http:
-            return (await http.get(url)).is_success
+            return (await http.get(url)).is_success or not ready
     except httpx.HTTPError:
         return False

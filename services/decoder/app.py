@@ -22,7 +22,7 @@ from services.common.app import create_app as create_common_app
 from services.decoder.choice import Choice, ChoiceFields, Chooser
 from services.decoder.residency import Loader, ResidentSets
 from services.decoder.settings import DecoderSettings
-from services.decoder.sleeping import Sleeper, Sleeps, State
+from services.decoder.sleeping import Sleeper, Sleeps, State, refusal
 from sipo.decoding.request import EXTRA_ARG
 from sipo.errors import Conflict, InvalidRequest, Unavailable
 from sipo.models import model_sha256, resolve_model
@@ -107,7 +107,7 @@ class Decoder:
         self.engine = engine
         self.served_name = settings.model
         self.residents = ResidentSets(engine, settings.decoder_sets)
-        self.sleeper = Sleeper(engine, self.residents)
+        self.sleeper = Sleeper(engine, self.residents, settings.decoder_drain_seconds)
         store = PolicyStore(settings.data_dir / "policies")
         self.chooser = Chooser(store, settings, base_sha256)
 
@@ -188,24 +188,26 @@ class MixedResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with AsyncExitStack() as leases:
-            leases.enter_context(self.decoder.sleeper.completion())
+            breaks_off = leases.enter_context(self.decoder.sleeper.completion())
             for policy_set in self.choice.policy_sets:
                 await leases.enter_async_context(self.decoder.residents.lease(policy_set))
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, send, breaks_off)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, breaks_off: asyncio.Event) -> None:
         unread = [{"type": "http.request", "body": self.request_body, "more_body": False}]
 
         async def receive_rewritten() -> Message:
-            # After the body comes the caller's going away, which vLLM wants to know.
-            return unread.pop() if unread else await receive()
+            # After the body comes the caller's going away, at which vLLM aborts the request. Cancelling its task would not.
+            return unread.pop() if unread else await _receive_until(breaks_off, receive)
 
         held: list[Message] = []
         """The reply's head, until the first piece of the body tells its length."""
-        good = True
+        good, begun = True, False
 
         async def send_annotated(message: Message) -> None:
-            nonlocal good
+            nonlocal good, begun
+            if breaks_off.is_set() and not begun:
+                return  # what vLLM says to a caller that has gone
             if message["type"] == "http.response.start":
                 good = message["status"] == 200
                 held.append(message)
@@ -216,11 +218,25 @@ class MixedResponse(Response):
                 headers = MutableHeaders(scope=head)
                 if "content-length" in headers:
                     headers["content-length"] = str(len(piece))
+                begun = True
                 await send(head)
             await send({**message, "body": piece})
 
         scope = {name: value for name, value in scope.items() if name not in ("app", "endpoint", "route", "path_params", "router")}
         await self.decoder.engine.app(scope, receive_rewritten, send_annotated)
+        if breaks_off.is_set() and not begun:
+            raise refusal()
+
+
+async def _receive_until(breaks_off: asyncio.Event, receive: Receive) -> Message:
+    """The next message, or that the caller has gone once `breaks_off` is set."""
+    received, broken_off = asyncio.ensure_future(receive()), asyncio.ensure_future(breaks_off.wait())
+    try:
+        await asyncio.wait([received, broken_off], return_when=asyncio.FIRST_COMPLETED)
+        return {"type": "http.disconnect"} if broken_off.done() else received.result()
+    finally:
+        received.cancel()
+        broken_off.cancel()
 
 
 class _Annotation:

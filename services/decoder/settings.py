@@ -34,4 +34,7 @@ class DecoderSettings(CommonSettings):
         default=None, ge=1, description="OpenMP threads of the engine; by default vLLM's choice, which is all cores on a CPU"
     )
     decoder_kv_cache_gib: int = Field(default=2, ge=1, description="memory for keys and values on a CPU")
+    decoder_drain_seconds: float = Field(
+        default=300, gt=0, description="with decoder_sleeps: how long answers under way may take to end before they are broken off"
+    )
     decoder_gpu_memory: float = Field(default=0.45, gt=0, le=1, description="part of the GPU's memory that the engine may take")

@@ -21,6 +21,11 @@ log = structlog.get_logger(__name__)
 RETRY_AFTER = 10.0
 """Seconds after which callers may ask again; nobody knows how long a training takes."""
 
+
+def refusal() -> Unavailable:
+    return Unavailable("the decoder sleeps while policies are being trained on its GPU: try again later", retry_after=RETRY_AFTER)
+
+
 State = Literal["awake", "draining", "asleep", "waking"]
 
 
@@ -35,14 +40,18 @@ class Sleeps(Protocol):
 
 
 class Sleeper:
-    """`sleep` and `wake` say what is wanted; `run` alone tells the engine, so that one change ends before the next begins."""
+    """`sleep` and `wake` say what is wanted; `run` alone tells the engine, so that one change ends before the next begins.
 
-    def __init__(self, engine: Sleeps, residents: ResidentSets) -> None:
+    What runs when it is asked to sleep has `drain` seconds to end.
+    """
+
+    def __init__(self, engine: Sleeps, residents: ResidentSets, drain: float) -> None:
         self._engine = engine
         self._residents = residents
+        self._drain = drain
         self._engine_is: Literal["awake", "changing", "asleep"] = "awake"
         self._lease: asyncio.TimerHandle | None = None
-        self._running = 0
+        self._running: set[asyncio.Event] = set()
         self._changed = asyncio.Event()
 
     @property
@@ -52,23 +61,22 @@ class Sleeper:
         return "asleep" if self._engine_is == "asleep" else "draining"
 
     @contextmanager
-    def completion(self) -> Iterator[None]:
-        """Around every completion, to its last byte. Raises Unavailable unless awake."""
+    def completion(self) -> Iterator[asyncio.Event]:
+        """Around every completion, to its last byte; the event is set when it must break off. Raises Unavailable unless awake."""
         if self.state != "awake":
-            raise Unavailable(
-                "the decoder sleeps while policies are being trained on its GPU: try again later", retry_after=RETRY_AFTER
-            )
-        self._running += 1
+            raise refusal()
+        breaks_off = asyncio.Event()
+        self._running.add(breaks_off)
         try:
-            yield
+            yield breaks_off
         finally:
-            self._running -= 1
+            self._running.remove(breaks_off)
             self._changed.set()
 
     def sleep(self, seconds: float) -> State:
         """Takes no new completions from now on, and sleeps once none runs any more; for so many seconds, counted anew each time."""
         if self._lease is None:
-            log.info("asked to sleep", running=self._running)
+            log.info("asked to sleep", running=len(self._running))
         else:
             self._lease.cancel()
         self._lease = asyncio.get_running_loop().call_later(seconds, self._run_out)
@@ -90,7 +98,12 @@ class Sleeper:
     async def run(self) -> None:
         """Until cancelled. Raises what the engine raises: it is of no use then."""
         while True:
-            await self._until(lambda: self._lease is not None and not self._running)
+            await self._until(lambda: self._lease is not None)
+            limit = asyncio.get_running_loop().call_later(self._drain, self._break_off)
+            await self._until(lambda: self._lease is None or not self._running)
+            limit.cancel()
+            if self._lease is None:
+                continue
             self._engine_is = "changing"
             await self._residents.empty()
             await self._engine.sleep()
@@ -101,6 +114,12 @@ class Sleeper:
             await self._engine.wake()
             self._engine_is = "awake"
             log.info("awake")
+
+    def _break_off(self) -> None:
+        """For a reader that stalls, or a very long answer: nobody else is answered until it has ended."""
+        log.warning("what is still being answered is broken off", running=len(self._running))
+        for breaks_off in self._running:
+            breaks_off.set()
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         while not holds():

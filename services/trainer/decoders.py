@@ -30,8 +30,9 @@ def decoder_clients(urls: str) -> list[DecoderClient]:
 
 
 @asynccontextmanager
-async def asleep(decoders: Sequence[DecoderClient]) -> AsyncIterator[None]:
-    """The body runs while all `decoders` sleep; it begins when their answers under way have ended.
+async def asleep(decoders: Sequence[DecoderClient], lost: asyncio.Event) -> AsyncIterator[None]:
+    """The body runs while all `decoders` sleep; it begins when their answers under way have ended, and they wake at its end. Once
+    this trainer's lease is `lost`, its successor decides about that.
 
     Raises Conflict if one of them is not allowed to sleep.
     """
@@ -45,7 +46,8 @@ async def asleep(decoders: Sequence[DecoderClient]) -> AsyncIterator[None]:
         yield
     finally:
         await end_tasks(*renewing)
-        await asyncio.gather(*map(_wake, decoders))
+        if not lost.is_set():
+            await asyncio.gather(*map(_wake, decoders))
 
 
 async def _all_asleep(decoders: Sequence[DecoderClient]) -> bool:
@@ -61,8 +63,11 @@ async def _asleep(decoder: DecoderClient) -> bool:
         if away:
             log.info("no decoder there", url=decoder.url)
         return away
-    except SipoError as error:
+    except Conflict as error:
         raise Conflict(f"the decoder at {decoder.url} does not sleep while policies are trained: {error.message}") from error
+    except SipoError as error:
+        log.warning("a decoder does not say whether it sleeps", url=decoder.url, reason=error.message)
+        return False
 
 
 async def _keep_asleep(decoder: DecoderClient) -> None:
@@ -72,7 +77,7 @@ async def _keep_asleep(decoder: DecoderClient) -> None:
         try:
             if not await _asleep(decoder):
                 log.warning("a decoder does not sleep during a training", url=decoder.url)
-        except SipoError as error:
+        except Conflict as error:
             log.warning("a decoder does not sleep during a training", url=decoder.url, reason=error.message)
 
 

@@ -7,8 +7,8 @@ begins with the state it finds. Changes are made under the trainer's lease, so a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import structlog
@@ -85,7 +85,7 @@ class Lifecycle:
         if job.state == JobState.QUEUED:
             job = await self._start(job)
         if job.state == JobState.ALIGNING:
-            async with self._training, asleep(self.decoders):
+            async with self._training_turn(job, 0):
                 aligned = await self.stages.align(job, self._teller(job))
             job = await self._advance(job, JobState.GENERATING, sampling_set=aligned.id, reward_set=aligned.id, progress={})
         while not job.state.ended:
@@ -96,7 +96,7 @@ class Lifecycle:
         if job.state == JobState.GENERATING:
             job = await self._until_decided(job)
         if job.state == JobState.TRAINING:
-            async with self._training, asleep(self.decoders):
+            async with self._training_turn(job, job.round):
                 await self.stages.train(job, await self._decisions(job), self._teller(job))
             job = await self._advance(job, JobState.EVALUATING, progress={})
         if job.state == JobState.EVALUATING:
@@ -195,9 +195,19 @@ class Lifecycle:
         log.info("job", job=job.id, state=str(to), error=moved.error)
         return moved
 
+    @asynccontextmanager
+    async def _training_turn(self, job: Job, round_: int) -> AsyncIterator[None]:
+        """One training at a time, while the decoders sleep; not if all its runs had ended before a crash."""
+        async with self._training:
+            decoders = self.decoders if self.stages.untrained(job, round_) else ()
+            async with asleep(decoders, self.lease.lost):
+                yield
+
     def _teller(self, job: Job) -> Callable[[Progress], Awaitable[None]]:
         async def tell(progress: Progress) -> None:
-            await self.jobs.update(job.id, lease=self.lease, progress=progress.model_dump())
+            # Progress that cannot be told is lost, and no reason to end the training. A Conflict is one: the job has ended.
+            with suppress(RedisError):
+                await self.jobs.update(job.id, lease=self.lease, progress=progress.model_dump())
 
         return tell
 

@@ -94,7 +94,7 @@ class Stages:
         decisions = list(decisions)
         for objective in start.objectives:
             pairs = pareto_pairs_of(decisions, objective, job.spec.preferences)
-            run = self._run(objective, job.spec.training, start.manifest.prompt_format, start.adapter_dir(objective))
+            run = self._run(objective, job.spec.training_for(objective), start.manifest.prompt_format, start.adapter_dir(objective))
             await self._train(self.run_folder(job, job.round, objective), run, pairs, tell)
 
     def publish(self, job: Job) -> PolicySet:
@@ -154,6 +154,11 @@ class Stages:
         paths = {objective: self.run_folder(job, round_, objective) / METRICS for objective in objectives}
         return {name: TrainMetrics.model_validate_json(path.read_text()) for name, path in paths.items() if path.exists()}
 
+    def untrained(self, job: Job, round_: int) -> bool:
+        """Whether any run of the round is not finished."""
+        objectives = job.spec.objectives if round_ == 0 else self.objectives(job)
+        return objectives is None or len(self.metrics(job, round_, objectives)) < len(objectives)
+
     def published(self, job: Job, round_: int) -> PolicySet | None:
         """The set that this job published for this round, if it did: a crash may have kept it from being told."""
         name = job.spec.policy
@@ -193,6 +198,7 @@ class Stages:
         folders = {objective: self.run_folder(job, round_, objective) for objective in objectives}
         spec, data = job.spec, hashlib.sha256()
         how = {"method": "sipo", "mode": spec.mode, "preferences": spec.preferences} if parent else {"method": "dpo"}
+        rates = {name: (spec.training_for(name) if parent else settings).learning_rate for name in objectives}
         for folder in folders.values():
             data.update((folder / PAIRS).read_bytes())
         draft = Draft(
@@ -204,7 +210,9 @@ class Stages:
             round=parent.manifest.round + 1 if parent else 0,
             parent=parent and parent.id,
             data_sha256=data.hexdigest(),
-            settings=settings.model_dump() | how | {"job": job.id, "job_round": round_},
+            settings=settings.model_dump(exclude={"learning_rate"})
+            | how
+            | {"learning_rates": rates, "job": job.id, "job_round": round_},
             metrics={objective: one.model_dump() for objective, one in metrics.items()},
         )
         return self.store.publish(draft, {name: folder / ADAPTER for name, folder in folders.items()}, self.base.folder)
@@ -244,6 +252,13 @@ def why_not_trainable(decisions: Sequence[PromptDecided], objectives: Iterable[s
     without = [objective for objective in objectives if not pareto_pairs_of(decisions, objective, design)]
     if not without:
         return None
+    for objective in without:
+        accepted = sum(any(only in (None, objective) for _, only in decision.accepted()) for decision in decisions)
+        if accepted:
+            return (
+                f"no pair for {objective} with preferences: {design}, as none of the prompts with an accepted response "
+                f"({accepted}) has a label for it"
+            )
     figures = funnel(decisions)
     failed = next((decision.error for decision in decisions if decision.outcome == "failed"), None)
     if figures.failed == figures.prompts:

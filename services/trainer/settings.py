@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from services.common.settings import CommonSettings, Port
+from services.common.training import launch_command
+from sipo.errors import InvalidRequest
+
+
+def _can_be_launched(accelerate: str | None) -> str | None:
+    try:
+        launch_command(accelerate)
+    except InvalidRequest as error:
+        raise ValueError(error.message) from error
+    return accelerate
 
 
 class TrainerSettings(CommonSettings):
@@ -13,7 +25,7 @@ class TrainerSettings(CommonSettings):
         default="http://127.0.0.1:8001", description="with decoder_sleeps: which decoder sleeps; several are separated by commas"
     )
     trainer_gpu_memory: float = Field(default=1, gt=0, le=1, description="part of a GPU's memory that a training process may take")
-    trainer_accelerate: str | None = Field(
+    trainer_accelerate: Annotated[str | None, AfterValidator(_can_be_launched)] = Field(
         default=None,
         description="an accelerate configuration for several processes: a file, or multi_gpu, fsdp2, zero3, two_nodes",
     )

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -96,6 +97,32 @@ def test_a_specification_file_is_overridden_by_options(url: str, pairs: Path, tm
     job = sipo(url, "jobs", "submit", str(pairs), "--spec", str(spec), "--max-prompts", "3").stdout.strip()
     shown = json.loads(sipo(url, "jobs", "show", job).stdout)["spec"]
     assert (shown["seed"], shown["max_prompts"], shown["training"]["epochs"]) == (5, 3, 2)
+
+
+def test_a_preset_gives_the_training_settings_that_the_specification_does_not(url: str, pairs: Path, tmp_path: Path) -> None:
+    pairs.write_text(pairs.read_text().replace("concise", "helpful").replace("warm", "harmless"))
+    spec = tmp_path / "job.yaml"
+
+    def submitted(text: str) -> dict[str, Any]:
+        spec.write_text(f"policy: new\n{text}")
+        result = sipo(url, "jobs", "submit", str(pairs), "--preset", "beavertails", "--spec", str(spec))
+        assert result.exit_code == 0, result.output
+        shown: dict[str, Any] = json.loads(sipo(url, "jobs", "show", result.stdout.strip()).stdout)["spec"]
+        return shown
+
+    shown = submitted("training: {epochs: 2}\nalignment: {batch_size: 4}\n")
+    assert [shown["training"][name] for name in ("epochs", "learning_rate", "max_prompt_tokens", "alpha")] == [2, 5e-6, 512, 0.1]
+    assert [shown["alignment"][name] for name in ("epochs", "batch_size", "lora_rank", "alpha")] == [3, 4, 64, 0]
+    assert shown["learning_rates"] == {"harmless": 5e-5}
+    assert submitted("training: {learning_rate: 1.0e-6}\n")["learning_rates"] == {}
+    assert submitted("learning_rates: {helpful: 1.0e-6}\n")["learning_rates"] == {"helpful": 1e-6}
+
+
+def test_a_preset_that_does_not_fit_is_refused(url: str, pairs: Path) -> None:
+    for preset, words in (("beavertails", "'harmless': the job's objectives are concise"), ("large", "there are beavertails")):
+        result = sipo(url, "jobs", "submit", str(pairs), "--policy", "demo", "--preset", preset)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert words in result.stderr
 
 
 def test_a_bad_line_is_named_and_no_job_is_made(url: str, pairs: Path) -> None:

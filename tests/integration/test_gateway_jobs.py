@@ -23,6 +23,7 @@ from services.common.settings import Teacher
 from services.common.tasks import end_tasks
 from sipo.preferences import Example
 from sipo.selection import Chosen, Filter
+from sipo.training.settings import TrainSettings
 from tests.fakes import FakeDecoder, write_policy_set
 
 CONFLICTING = {"response_0": "Short.", "response_1": "Warm, long.", "labels": {"concise": 0, "warm": 1}}
@@ -109,6 +110,9 @@ async def test_an_uploaded_file_and_inline_examples_make_the_same_job(gateway: h
         (rows(2), {"sampling_set": "demo:1", "objectives": ["warm", "polite"]}, 400, "demo:1 has policies for concise, warm"),
         (rows(2), {"rounds": 17}, 400, "less than or equal to 16"),
         (rows(2), {"rounds": 2, "stop_after": "pairs"}, 400, "publishes no policies for a second round"),
+        (rows(2), {"learning_rates": {"polite": 1e-5}}, 400, "one for 'polite': the job's objectives are concise, warm"),
+        (rows(2), {"learning_rates": {"warm": 0}}, 400, "greater than 0"),
+        (rows(2), {"alignment": {"alpha": 0.1}}, 400, "a first alignment (Eq. 2) has none"),
     ],
 )
 async def test_a_job_that_cannot_work_is_refused_and_leaves_nothing(
@@ -119,6 +123,13 @@ async def test_a_job_that_cannot_work_is_refused_and_leaves_nothing(
     assert words in reply.json()["error"]["message"]
     assert (await gateway.get("/v1/jobs")).json()["data"] == []
     assert not list((tmp_path / "jobs").glob("*"))
+
+
+@pytest.mark.parametrize("alignment", [{}, {"epochs": 1}, TrainSettings(alpha=0).model_dump()])
+async def test_a_first_alignment_has_no_alpha(gateway: httpx.AsyncClient, alignment: dict[str, Any]) -> None:
+    reply = await submit(gateway, rows(2), alignment=alignment)
+    assert reply.status_code == 201, reply.text
+    assert reply.json()["spec"]["alignment"]["alpha"] == 0
 
 
 async def test_a_policy_without_a_current_set_may_be_started_from_a_version(gateway: httpx.AsyncClient, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from services.common.processes import free_ports
@@ -105,6 +106,33 @@ async def test_a_process_that_crashes_is_started_again(data_dir: Path) -> None:
         await until(lambda: story.times("faller", "ended with status 3\nabout to fall") >= 3)
     crashes = [news.split("\n") for _, news in story.told if news.startswith("ended")]
     assert [crash[1:] for crash in crashes[:3]] == [["about to fall", f"starting again in {pause} s"] for pause in (0.5, 0.8, 0.8)]
+
+
+READY_ONCE = """
+import http.server, os, sys
+port, marker = int(sys.argv[1]), sys.argv[2]
+again = os.path.exists(marker)
+open(marker, "w").close()
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503 if again else 200); self.end_headers()
+        if not again and self.path == "/fall":
+            os._exit(3)
+http.server.HTTPServer(("127.0.0.1", port), Ready).serve_forever()
+"""
+
+
+async def test_one_that_was_ready_is_left_alone_when_it_answers_that_it_is_not(data_dir: Path, tmp_path: Path) -> None:
+    """As the decoder and the reviewer do during a training."""
+    story, (port,) = Story(), free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    service = python("service", READY_ONCE, port, tmp_path / "marker", ready_url=url)
+    supervisor = Supervisor([service], data_dir, on_progress=story, ready_timeout=5, backoff=(0.05, 1))
+    async with supervisor, httpx.AsyncClient() as client:
+        await client.get(f"{url}/fall")
+        await until(lambda: story.times("service", "answers") == 1)
+        assert (await client.get(url)).status_code == 503
+    assert story.times("service", "starting") == 2 and not story.times("service", "not ready")
 
 
 async def test_one_that_never_gets_ready_ends_all_with_the_end_of_its_log(data_dir: Path, tmp_path: Path) -> None:

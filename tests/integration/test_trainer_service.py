@@ -12,10 +12,11 @@ import httpx
 import pytest
 import torch
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from safetensors.torch import load_file, save_file
 
 from services.common.clients import DecoderClient
-from services.common.job_store import JobStore
+from services.common.job_store import Job, JobStore
 from services.common.jobs import JobState
 from services.common.messages import PromptDecided
 from services.common.queue import DECISIONS, Queue
@@ -23,8 +24,8 @@ from services.common.queue.keys import job_key
 from services.decoder.settings import DecoderSettings
 from services.trainer import decoders, rounds
 from services.trainer.rounds import Stages
-from sipo.errors import TrainingFailed
-from sipo.training.settings import TrainMetrics, read_run
+from sipo.errors import Conflict, TrainingFailed
+from sipo.training.settings import Progress, TrainMetrics, read_run
 from tests.fakes import FakeEngine, served
 from tests.trainer import OBJECTIVES, Tell, decide, decision, policies, report_of, submit, trainer, until
 
@@ -53,10 +54,10 @@ async def test_a_round_trains_every_policy_on_the_same_pairs_from_its_own_adapte
     redis: Redis, stages: Stages, runs: list[str], adapter: Path
 ) -> None:
     policies(stages, adapter)
-    job = await submit(redis, stages)
+    job = await submit(redis, stages, learning_rates={"warm": 1e-3})
     async with trainer(redis, stages):
         await decide(redis, job)
-        await until(redis, job, JobState.COMPLETED)
+        done = await until(redis, job, JobState.COMPLETED)
     assert runs == ["round-1/concise", "round-1/warm"]
     texts = [(stages.run_folder(job, 1, objective) / "pairs.jsonl").read_text() for objective in OBJECTIVES]
     assert texts[0] == texts[1]
@@ -64,8 +65,11 @@ async def test_a_round_trains_every_policy_on_the_same_pairs_from_its_own_adapte
         {"prompt": "q0", "chosen": "best 0", "rejected": "a0", "chosen_token_ids": [5, 6, 0, 0]},
         {"prompt": "q0", "chosen": "best 0", "rejected": "b0", "chosen_token_ids": [5, 6, 0, 0]},
     ]
-    starts = [read_run(stages.run_folder(job, 1, objective) / "run.yaml").start for objective in OBJECTIVES]
-    assert starts == [stages.store.get("demo:1").adapter_dir(objective) for objective in OBJECTIVES]
+    read = [read_run(stages.run_folder(job, 1, objective) / "run.yaml") for objective in OBJECTIVES]
+    assert [run.start for run in read] == [stages.store.get("demo:1").adapter_dir(objective) for objective in OBJECTIVES]
+    rates = {objective: run.settings.learning_rate for objective, run in zip(OBJECTIVES, read, strict=True)}
+    assert rates == {"concise": job.spec.training.learning_rate, "warm": 1e-3}
+    assert stages.store.get(done.policy_set or "").manifest.settings["learning_rates"] == rates
     assert stages.store.get("demo").id == "demo:1", "the job did not ask for activation"
 
 
@@ -116,6 +120,61 @@ async def test_separate_responses_train_each_policy_on_its_own_pairs_and_need_so
     pairs = {name: [json.loads(line) for line in text.splitlines()] for name, text in texts.items()}
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs["concise"]] == [("best 1", "a1")]
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs["warm"]] == [("best 0", "b0"), ("best 2", "b2")]
+
+
+async def test_accepted_prompts_without_a_pair_for_an_objective_are_told_as_such(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path
+) -> None:
+    policies(stages, adapter)
+    job = await submit(redis, stages, preferences="original")
+    async with trainer(redis, stages):
+        for row in range(3):
+            one = decision(job.id, row)
+            only_concise = one.example.model_copy(update={"labels": {"concise": 0}})
+            await Queue(redis).put(DECISIONS, one.model_copy(update={"example": only_concise}))
+        failed = await until(redis, job, JobState.FAILED)
+    assert runs == []
+    assert failed.error == (
+        "no pair for warm with preferences: original, as none of the prompts with an accepted response (3) has a label for it"
+    )
+
+
+async def test_progress_that_cannot_be_told_is_lost_and_no_more(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def go_away(*_: Any, **_fields: Any) -> Job:
+        raise RedisError("the queue server went away")
+
+    monkeypatch.setattr(JobStore, "update", go_away)
+    policies(stages, adapter)
+    job = await submit(redis, stages)
+    async with trainer(redis, stages):
+        await decide(redis, job)
+        await until(redis, job, JobState.COMPLETED)
+    assert runs == ["round-1/concise", "round-1/warm"], "each once"
+
+
+async def test_a_run_whose_job_has_ended_is_told_so(
+    redis: Redis, stages: Stages, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = asyncio.Event()
+
+    async def tell_of_a_cancelled_job(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
+        await JobStore(redis).cancel(job.id)
+        try:
+            await tell(Progress(objective="concise", stage="training", step=1, of=2, seconds_left=1))
+        except Conflict:
+            refused.set()
+            raise
+        raise AssertionError
+
+    monkeypatch.setattr(rounds, "run_child", tell_of_a_cancelled_job)
+    policies(stages, adapter)
+    job = await submit(redis, stages)
+    async with trainer(redis, stages):
+        await decide(redis, job)
+        async with asyncio.timeout(20):
+            await refused.wait()
 
 
 async def test_a_prompt_that_is_decided_after_its_round_has_closed_changes_nothing(
@@ -210,22 +269,26 @@ async def test_decisions_are_kept_while_another_job_trains_and_cancel_ends_the_t
     assert (await JobStore(redis).get(first.id)).state == JobState.CANCELLED
 
 
+@pytest.mark.parametrize("state", ["training", "publishing"])
 async def test_a_set_that_was_published_before_a_crash_is_not_published_again(
-    redis: Redis, stages: Stages, runs: list[str], adapter: Path
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path, state: str
 ) -> None:
+    asked: list[httpx.Request] = []
+    decoder = DecoderClient("http://decoder", transport=httpx.MockTransport(asked.append))  # type: ignore[arg-type]
     policies(stages, adapter)
     job = await submit(redis, stages)
     async with trainer(redis, stages):
         await decide(redis, job)
         found = await until(redis, job, JobState.COMPLETED)
     assert found.policy_set == "demo:2"
-    # The state as it stood when the trainer died between publishing and telling so.
-    await redis.hset(job_key(job.id), mapping={"state": "publishing", "policy_set": "null"})
-    async with trainer(redis, stages):
+    # The state as it stood when the trainer died between its work and telling so.
+    await redis.hset(job_key(job.id), mapping={"state": state, "policy_set": "null"})
+    async with trainer(redis, stages, [decoder]):
         done = await until(redis, job, JobState.COMPLETED)
     assert done.policy_set == "demo:2"
     assert [one.id for one in stages.store.sets()] == ["demo:1", "demo:2"]
     assert runs == ["round-1/concise", "round-1/warm"], "what was trained is not trained again"
+    assert not asked, "no decoder sleeps for nothing"
 
 
 async def test_a_trainer_goes_on_in_the_middle_of_a_training(

@@ -12,7 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, StreamingResponse
 from redis.asyncio import Redis
+from starlette.types import Receive, Scope, Send
 
 from gateway.app import create_app as create_gateway
 from gateway.settings import GatewaySettings
@@ -34,7 +38,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 async def sleeper(engine: FakeEngine) -> AsyncIterator[Sleeper]:
-    sleeper = Sleeper(engine, ResidentSets(engine, 2))
+    sleeper = Sleeper(engine, ResidentSets(engine, 2), drain=60)
     running = asyncio.create_task(sleeper.run())
     yield sleeper
     await end_tasks(running)
@@ -67,6 +71,31 @@ async def test_all_that_runs_ends_before_the_engine_sleeps(sleeper: Sleeper, eng
     await until(lambda: sleeper.state == "awake")
     assert not refuses(sleeper)
     assert engine.calls == ["sleep", "wake"]
+
+
+async def test_what_does_not_end_is_told_to_break_off(engine: FakeEngine) -> None:
+    sleeper = Sleeper(engine, ResidentSets(engine, 2), drain=0.01)
+    running = asyncio.create_task(sleeper.run())
+    with sleeper.completion() as breaks_off:
+        await asyncio.sleep(0.05)
+        assert not breaks_off.is_set(), "nobody asked for sleep"
+        sleeper.sleep(60)
+        await asyncio.wait_for(breaks_off.wait(), 10)
+        assert (sleeper.state, engine.calls) == ("draining", [])
+    await until(lambda: sleeper.state == "asleep")
+    await end_tasks(running)
+
+
+async def test_waking_ends_the_time_to_drain(engine: FakeEngine) -> None:
+    sleeper = Sleeper(engine, ResidentSets(engine, 2), drain=0.05)
+    running = asyncio.create_task(sleeper.run())
+    with sleeper.completion() as breaks_off:
+        sleeper.sleep(60)
+        await asyncio.sleep(0.01)
+        sleeper.wake()
+        await asyncio.sleep(0.1)
+        assert not breaks_off.is_set()
+    await end_tasks(running)
 
 
 async def test_it_wakes_by_itself_when_nobody_asks_any_more(sleeper: Sleeper, engine: FakeEngine) -> None:
@@ -156,6 +185,56 @@ async def test_a_stream_ends_whole_and_others_are_told_to_come_back(engine: Fake
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
     assert float(refused.headers["retry-after"]) > 0
     assert ready.status_code == 503 and "training" in ready.json()["error"]["message"]
+
+
+@asynccontextmanager
+async def listening(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """The same over a real socket, which alone can stall."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=1))
+    task = asyncio.create_task(server.serve())
+    await until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        yield client
+    server.should_exit = True
+    await task
+
+
+async def endless() -> AsyncIterator[bytes]:
+    while True:
+        yield b'data: {"x": 1}\n\n' * 10_000
+
+
+async def test_a_stream_whose_reader_stalls_is_broken_off(engine: FakeEngine, settings: DecoderSettings) -> None:
+    engine.app = StreamingResponse(endless(), media_type="text/event-stream")
+    quick = settings.model_copy(update={"decoder_drain_seconds": 0.05})
+    async with (
+        served(engine, quick) as app,
+        listening(app) as client,
+        client.stream("POST", "/v1/completions", json=ASK | {"stream": True}) as stalled,
+    ):
+        assert stalled.status_code == 200
+        await fall_asleep(client)
+        with pytest.raises(httpx.RemoteProtocolError):
+            await stalled.aread()
+
+
+async def test_an_answer_that_takes_too_long_is_aborted_and_refused(engine: FakeEngine, settings: DecoderSettings) -> None:
+    async def as_vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        """Without a stream it answers null, which nobody hears, when its caller has gone."""
+        await receive()
+        engine.asked.set()
+        assert (await receive())["type"] == "http.disconnect"
+        await JSONResponse(None)(scope, receive, send)
+
+    engine.app = as_vllm
+    async with decoder(engine, settings.model_copy(update={"decoder_drain_seconds": 0.05})) as client:
+        answer = asyncio.create_task(client.post("/v1/completions", json=ASK))
+        await engine.asked.wait()
+        await fall_asleep(client)
+        refused = await answer
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert float(refused.headers["retry-after"]) > 0
 
 
 async def test_the_gateway_and_other_services_pass_on_when_to_come_back(engine: FakeEngine, settings: DecoderSettings) -> None:

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from services.common.settings import CommonSettings, Port, load
+from services.trainer.settings import TrainerSettings
 
 
 class ServiceSettings(CommonSettings):
@@ -80,6 +81,19 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIPO_REWARD_MODELS", "")
     monkeypatch.setenv("SIPO_SCORER_PORT", "")
     assert (load(ServiceSettings).reward_models, load(ServiceSettings).scorer_port) == ({}, 8003)
+
+
+def test_an_unknown_accelerate_configuration_stops_the_trainer_at_its_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SIPO_TRAINER_ACCELERATE", "multi_gpu")
+    assert load(TrainerSettings).trainer_accelerate == "multi_gpu"
+    monkeypatch.setenv("SIPO_TRAINER_ACCELERATE", "eight_gpus")
+    with pytest.raises(SystemExit) as stopped:
+        load(TrainerSettings)
+    said = capsys.readouterr().err
+    assert (stopped.value.code, said.count("\n")) == (2, 1)
+    assert said.startswith("SIPO_TRAINER_ACCELERATE='eight_gpus' is not usable") and "multi_gpu" in said
 
 
 def test_settings_do_not_change() -> None:

@@ -51,10 +51,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_training_begins_when_all_sleep_and_wakes_them_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "RENEW", 60)
-    asked = Decoders(a=["draining", "asleep"], b=[503, httpx.ReadTimeout("late"), "asleep"])
-    async with asleep(asked.clients):
+    asked = Decoders(a=["draining", "asleep"], b=[503, 404, 500, httpx.ReadTimeout("late"), "asleep"])
+    async with asleep(asked.clients, asyncio.Event()):
         assert asked.answers == {"a": ["asleep"], "b": ["asleep"]}
-        assert asked.asked == 3 * [("a", "/v1/sleep"), ("b", "/v1/sleep")]
+        assert asked.asked == 5 * [("a", "/v1/sleep"), ("b", "/v1/sleep")]
         assert not asked.woken
     assert asked.woken == {"a": 1, "b": 1}
 
@@ -62,7 +62,7 @@ async def test_training_begins_when_all_sleep_and_wakes_them_at_its_end(monkeypa
 async def test_they_are_asked_again_while_training_runs_whatever_they_answer() -> None:
     asked = Decoders(a=["asleep", 409, 503, "draining", httpx.ConnectError("gone"), "asleep"])
     async with asyncio.timeout(10):
-        async with asleep(asked.clients):
+        async with asleep(asked.clients, asyncio.Event()):
             while len(asked.asked) < 10:  # noqa: ASYNC110  # looks as a person would
                 await asyncio.sleep(0.001)
     assert asked.asked[-1] == ("a", "/v1/wake")
@@ -72,14 +72,14 @@ async def test_they_are_asked_again_while_training_runs_whatever_they_answer() -
 @pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ConnectTimeout("no route")])
 async def test_a_decoder_that_is_not_there_holds_no_memory(error: httpx.TransportError) -> None:
     asked = Decoders(a=[error])
-    async with asleep(asked.clients):
+    async with asleep(asked.clients, asyncio.Event()):
         assert asked.asked[0] == ("a", "/v1/sleep")
 
 
 async def test_one_that_may_not_sleep_ends_it_and_the_others_wake() -> None:
     asked = Decoders(a=["asleep"], b=[409])
     with pytest.raises(Conflict, match="the decoder at http://b does not sleep while policies are trained: it said 409"):
-        async with asleep(asked.clients):
+        async with asleep(asked.clients, asyncio.Event()):
             raise AssertionError("it trains")
     assert asked.woken["a"] == 1
 
@@ -87,17 +87,24 @@ async def test_one_that_may_not_sleep_ends_it_and_the_others_wake() -> None:
 async def test_they_wake_when_training_fails_or_is_cancelled() -> None:
     asked = Decoders(a=["asleep"])
     with pytest.raises(ZeroDivisionError):
-        async with asleep(asked.clients):
+        async with asleep(asked.clients, asyncio.Event()):
             raise ZeroDivisionError
     assert asked.woken == {"a": 1}
 
     async def train() -> None:
-        async with asleep(asked.clients):
+        async with asleep(asked.clients, asyncio.Event()):
             await asyncio.Event().wait()
 
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(train(), 0.05)
     assert asked.woken == {"a": 2}
+
+
+async def test_a_trainer_that_lost_its_lease_leaves_the_decoders_to_its_successor() -> None:
+    asked, lost = Decoders(a=["asleep"]), asyncio.Event()
+    async with asleep(asked.clients, lost):
+        lost.set()
+    assert not asked.woken
 
 
 async def test_each_of_several_decoders_is_asked_itself() -> None:
