@@ -18,8 +18,8 @@ from sipo.training.settings import ACCELERATE, METRICS, Failure, Progress, Train
 LOG = "train.log"
 GRACE = 20.0
 """Seconds in which what starts several processes may end them, from SIGTERM to SIGKILL."""
-KILLS = 3
-"""Times in a row, without a step between, that a run may be killed before it is given up."""
+TRIES = 3
+"""Times in a row, without a step between, that a run may end early before it is given up."""
 LINE: TypeAdapter[Progress | Failure] = TypeAdapter(Progress | Failure)
 MODULE = ("-m", "sipo.training")
 log = structlog.get_logger(__name__)
@@ -46,10 +46,11 @@ def launch_command(accelerate: str | None = None, *, gpu_memory: float = 1) -> l
 async def run_child(run: Path, report: Report, command: Sequence[str] | None = None) -> TrainMetrics:
     """Runs `command` (default: one process) on a run.yaml; ends the process if cancelled.
 
-    A process that is killed (SIGKILL, out of the machine's memory) is started again and goes on from its last checkpoint. Raises
-    TrainingFailed with what the run said, or when it is killed KILLS times in a row without getting any further.
+    A process that ends early without saying why is started again and goes on from its last checkpoint: it was killed, or one of
+    several was, or a device failed. Raises TrainingFailed with what the run said, or when that happens TRIES times without getting
+    further.
     """
-    furthest, kills = -1, 0
+    furthest, tries = -1, 0
     while True:
         child = _Child(run, report, command or launch_command())
         status = await child.wait()
@@ -57,11 +58,11 @@ async def run_child(run: Path, report: Report, command: Sequence[str] | None = N
             raise TrainingFailed(child.failure.error)
         if status == 0:
             return TrainMetrics.model_validate_json((run.parent / METRICS).read_text())
-        kills = kills + 1 if child.step <= furthest else 1
+        tries = tries + 1 if child.step <= furthest else 1
         furthest = max(furthest, child.step)
-        if status > 0 or kills == KILLS:
+        if tries == TRIES:
             raise TrainingFailed(_how_it_ended(run.parent / LOG, status))
-        log.warning("training was killed, goes on", run=str(run.parent), signal=-status, step=child.step)
+        log.warning("training ended early, goes on", run=str(run.parent), status=status, step=child.step)
 
 
 class _Child:
@@ -117,5 +118,6 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 def _how_it_ended(path: Path, status: int) -> str:
     lines = path.read_text(errors="replace").strip().splitlines()
-    how = f"was killed {KILLS} times without getting further, by signal {-status}" if status < 0 else f"ended with status {status}"
-    return f"the training process {how}: {lines[-1] if lines else 'it said nothing'} (see {path})"
+    how = f"killed by signal {-status}" if status < 0 else f"with status {status}"
+    last = lines[-1] if lines else "it said nothing"
+    return f"the training process ended {TRIES} times without getting further, {how}: {last} (see {path})"

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
     the run diverges or does not fit into memory.
     """
     settings = run.settings
+    if settings.tracker != "none" and find_spec(settings.tracker) is None:
+        raise InvalidRequest(f"the tracker {settings.tracker} is not installed: pip install {settings.tracker}, or tracker: none")
     tokenizer = AutoTokenizer.from_pretrained(run.base)
     run.prompt_format.check(tokenizer)
     data = tokenise(

@@ -66,7 +66,11 @@ async def test_a_training_process_that_is_killed_goes_on_and_ends_the_same(make_
     assert steps[-1] == 12 and len(steps) > 12, "it was killed, and went on"
 
 
-async def test_a_training_process_that_gets_no_further_is_given_up(make_run: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [("os.kill(os.getpid(), 9)", "killed by signal 9"), ("sys.exit('a device failed')", "with status 1: a device failed")],
+)
+async def test_a_training_process_that_gets_no_further_is_given_up(make_run: Callable[[str], Path], end: str, how: str) -> None:
     run = make_run("hopeless")
     told: list[int] = []
 
@@ -74,8 +78,8 @@ async def test_a_training_process_that_gets_no_further_is_given_up(make_run: Cal
         told.append(progress.step)
 
     step = Progress(objective="warm", stage="training", step=4, of=9, seconds_left=1, loss=1).model_dump_json()
-    script = f"import os, signal; print({step!r}, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
-    with pytest.raises(TrainingFailed, match="was killed 3 times without getting further, by signal 9"):
+    script = f"import os, sys; print({step!r}, flush=True); {end}"
+    with pytest.raises(TrainingFailed, match=f"ended 3 times without getting further, {how}"):
         await run_child(run, tell, [sys.executable, "-c", script])
     assert told == [4, 4, 4]
 

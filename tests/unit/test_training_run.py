@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
+from services.common.training import run_child
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
 from sipo.prompts import PromptFormat
@@ -206,6 +207,11 @@ def test_a_loss_that_is_no_number_ends_the_run_without_an_adapter(run: TrainRun,
 def test_no_usable_pair_is_told_with_the_reason(run: TrainRun, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="2 prompts are longer than max_prompt_tokens = 5"):
         go(changed(run, max_prompt_tokens=5), tmp_path, PAIRS[:2])
+
+
+def test_a_tracker_that_is_not_installed_is_named(run: TrainRun, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="the tracker wandb is not installed: pip install wandb, or tracker: none"):
+        go(changed(run, tracker="wandb"), tmp_path)
 
 
 def test_an_adapter_of_another_base_is_refused(run: TrainRun, tmp_path: Path) -> None:
@@ -520,17 +526,25 @@ def test_a_run_leaves_its_records_for_people(run: TrainRun, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(run: TrainRun, tmp_path: Path) -> None:
-    run = changed(run, batch_size=2, epochs=2, alpha=0.2)
+async def test_two_processes_train_as_one_does_though_one_is_killed(run: TrainRun, tmp_path: Path) -> None:
+    run = changed(run, batch_size=2, epochs=2, alpha=0.2, checkpoint_steps=1)
     _, alone = go(run, tmp_path / "one")
     path = write_run(tmp_path / "two", run)
     (tmp_path / "two" / "pairs.jsonl").write_text((tmp_path / "one" / "pairs.jsonl").read_text())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, "-m", "sipo.training", str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = [Progress.model_validate_json(line) for line in done.stdout.splitlines()]
-    together = [progress.loss for progress in said if progress.stage == "training"]
-    assert together == pytest.approx([step.loss for step in alone], abs=1e-5)
+    steps: list[Progress] = []
+
+    async def tell(progress: Progress) -> None:
+        if progress.stage == "training":
+            steps.append(progress)
+            if len(steps) == 3:
+                workers = [one for one in psutil.Process().children(recursive=True) if "torch.distributed.run" not in one.cmdline()]
+                next(worker for worker in workers if str(path) in worker.cmdline()).kill()
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sipo.training"]
+    await run_child(path, tell, launch)
+    assert len(steps) > len(alone), "it went on from a checkpoint"
+    together = {progress.step: progress.loss for progress in steps}
+    assert list(together.values()) == pytest.approx([step.loss for step in alone], abs=1e-5)
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
