@@ -9,7 +9,6 @@ Everything is kept in build/methods: called again, it goes on.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.filters import decide
 from bench.report import FOLDER as BENCH
 from bench.report import Figure, report
+from gateway.cli.train_plan import PlannedRun
+from gateway.cli.train_runs import RUN, Runs
 from gateway.settings import GatewaySettings
 from gateway.shipped import publish_shipped
 from services.common.messages import PromptDecided
@@ -38,10 +39,10 @@ from sipo.prompts import PromptFormat
 from sipo.rewards import Group, RewardModel
 from sipo.selection import Filter
 from sipo.soups import interpolated_soup, save_adapter
-from sipo.training.data import Design, TrainingPair, alignment_pairs
+from sipo.training.data import Design, alignment_pairs
 from sipo.training.methods import lw_pairs, modpo_margins
 from sipo.training.presets import read_preset
-from sipo.training.settings import ADAPTER, METRICS, PAIRS, Progress, TrainRun, write_run
+from sipo.training.settings import ADAPTER, Progress, TrainRun
 from sipo.training.sft import RECIPE, SftRun, sft_rows, train_sft
 
 FOLDER = BENCH.parent / "methods"
@@ -76,37 +77,35 @@ class Bundled:
         return {name: self.shipped.adapter_dir(name) for name in self.shipped.objectives}
 
 
-def runs(bundled: Bundled, decisions: Sequence[PromptDecided]) -> dict[str, tuple[TrainRun, list[TrainingPair]]]:
-    """By name: METHOD for one model of both objectives, METHOD-OBJECTIVE for a policy."""
+def plan(bundled: Bundled, decisions: Sequence[PromptDecided]) -> list[PlannedRun]:
+    """Named METHOD for one model of both objectives, METHOD-OBJECTIVE for a policy."""
     examples, adapters = bundled_examples("train"), bundled.adapters()
-    found = {"lw": (bundled.run("lw", method="lw", weights=EQUAL), list(lw_pairs(examples, EQUAL)))}
+    found = [PlannedRun("lw", bundled.run("lw", method="lw", weights=EQUAL), list(lw_pairs(examples, EQUAL)))]
     for name, adapter in adapters.items():
         own = list(alignment_pairs(examples, name))
-        found[f"dpo-{name}"] = bundled.run(name), own
+        found.append(PlannedRun(f"dpo-{name}", bundled.run(name), own))
         for divergence in DIVERGENCES:
             settings = ALIGNMENT.model_copy(update={"divergence": divergence})
-            found[f"{divergence}-{name}"] = bundled.run(name, settings=settings), own
+            found.append(PlannedRun(f"{divergence}-{name}", bundled.run(name, settings=settings), own))
         margins = modpo_margins(EQUAL, name, adapters, beta_ratio=bundled.shipped.manifest.beta / ALIGNMENT.beta)
-        found[f"modpo_of_{name}"] = bundled.run(name, method="modpo", weights=EQUAL, margins=margins), own
+        modpo = bundled.run(name, method="modpo", weights=EQUAL, margins=margins)
+        found.append(PlannedRun(f"modpo_of_{name}", modpo, own))
         for design in get_args(Design):
             settings = PRESET.sipo.model_copy(update={"batch_size": 4})
             run = bundled.run(name, method="sipo", start=adapter, settings=settings)
-            found[f"sipo_{design}-{name}"] = run, pareto_pairs_of(decisions, name, design)
+            found.append(PlannedRun(f"sipo_{design}-{name}", run, pareto_pairs_of(decisions, name, design)))
     return found
 
 
-def train_all(planned: Mapping[str, tuple[TrainRun, list[TrainingPair]]]) -> dict[str, Path]:
-    """The adapters, by name; what is finished is not trained again."""
-    folders = {}
-    for name, (run, pairs) in planned.items():
-        folder = FOLDER / "runs" / name
-        if not (folder / METRICS).exists():
-            path = write_run(folder, run)
-            (folder / PAIRS).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-            metrics = asyncio.run(run_child(path, _silent))
-            print(f"{name}: {metrics.pairs} pairs, {metrics.steps} steps, {metrics.seconds:.0f} s", flush=True)
-        folders[name] = folder / ADAPTER
-    return folders
+def train_all(planned: Sequence[PlannedRun]) -> dict[str, Path]:
+    """The adapters, by name; what is finished is not trained again. Raises InvalidRequest if there are runs with other settings."""
+    runs = Runs(FOLDER / "runs", planned)
+    runs.prepare()
+    for one in planned:
+        if runs.finished(one) is None:
+            metrics = asyncio.run(run_child(runs.folder(one) / RUN, _silent))
+            print(f"{one.name}: {metrics.pairs} pairs, {metrics.steps} steps, {metrics.seconds:.0f} s", flush=True)
+    return {one.name: runs.folder(one) / ADAPTER for one in planned}
 
 
 async def _silent(_progress: Progress) -> None:
@@ -203,7 +202,7 @@ def main() -> None:
     base = resolve_model(BUNDLED_MODEL, settings.cache_dir)
     tokenizer = AutoTokenizer.from_pretrained(base)
     bundled = Bundled(base, model_sha256(base, settings.cache_dir), tokenizer, publish_shipped(settings))
-    trained = train_all(runs(bundled, round_decisions()))
+    trained = train_all(plan(bundled, round_decisions()))
     before, after = fine_tune(bundled, settings)
 
     shipped = {f"shipped-{name}": folder for name, folder in bundled.adapters().items()}

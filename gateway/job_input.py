@@ -36,17 +36,7 @@ def settle_spec(
         if not any(name in example.labels for example in examples):
             found = ", ".join(sorted({label for example in examples for label in example.labels}))
             raise InvalidRequest(f"no example has a label for {name!r}: the labels found are {found}", param="objectives")
-    for name in spec.learning_rates:
-        if name not in objectives:
-            raise InvalidRequest(
-                f"learning_rates has one for {name!r}: the job's objectives are {', '.join(objectives)}", param="learning_rates"
-            )
-    # Only what a caller has written: `alignment` may have other fields, and the default of alpha is a round's.
-    if "alpha" in spec.alignment.model_fields_set and spec.alignment.alpha > 0:
-        raise InvalidRequest(
-            "alpha is the weight of the NLL term in Eq. 8, and a first alignment (Eq. 2) has none: leave it out, or give 0",
-            param="alignment.alpha",
-        )
+    _check_training(spec, objectives)
     for name in spec.filter.reward_models:
         if name not in reward_models:
             known = ", ".join(sorted(reward_models)) or "none"
@@ -78,6 +68,20 @@ def settle_spec(
             param="examples",
         )
     return settled
+
+
+def _check_training(spec: JobSpec, objectives: Sequence[str]) -> None:
+    for name in spec.learning_rates:
+        if name not in objectives:
+            raise InvalidRequest(
+                f"learning_rates has one for {name!r}: the job's objectives are {', '.join(objectives)}", param="learning_rates"
+            )
+    # Only what a caller has written: `alignment` may have other fields, and the default of alpha is a round's.
+    if "alpha" in spec.alignment.model_fields_set and spec.alignment.alpha > 0:
+        raise InvalidRequest(
+            "alpha is the weight of the NLL term in Eq. 8, and a first alignment (Eq. 2) has none: leave it out, or give 0",
+            param="alignment.alpha",
+        )
 
 
 def _objectives(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore) -> list[str]:

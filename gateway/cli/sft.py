@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from sipo.errors import InvalidRequest
 from sipo.models import resolve_model
 from sipo.prompts import PromptFormat
 from sipo.training.presets import NOT_OF_SFT, changed, read_preset, read_settings
+from sipo.training.process import take_one_gpu
 from sipo.training.settings import TrainSettings
 
 
@@ -49,9 +49,7 @@ def sft(
     common = load(CommonSettings)
     base = resolve_model(common.model, common.cache_dir)
 
-    if "WORLD_SIZE" not in os.environ:
-        # One process trains on one GPU: with more in sight transformers would use DataParallel, which TRL refuses.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    take_one_gpu()
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import sys
-import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
 
-from sipo.errors import Conflict, SipoError
+from sipo.errors import SipoError
+from sipo.training.process import claim, take_one_gpu
 from sipo.training.settings import Failure, Progress, read_run
-
-CLAIM_SECONDS = 60
-"""For which a run waits until another process has left it: one that is being ended, whose trainer was killed."""
-
-
-def claim(path: Path) -> IO[str]:
-    """The run's file, locked as long as it is open. Raises Conflict if another process keeps it."""
-    file = path.open()
-    for _ in range(CLAIM_SECONDS):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            time.sleep(1)
-    raise Conflict(f"{path.parent} is being trained already, by another process")
 
 
 def main() -> int:
@@ -38,9 +22,7 @@ def main() -> int:
     stdout = os.fdopen(os.dup(1), "w", buffering=1)
     first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     os.dup2(2, 1)
-    if "WORLD_SIZE" not in os.environ:
-        # One process trains on one GPU: with more in sight transformers would use DataParallel, which TRL refuses.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    take_one_gpu()
     path: Path = asked.run
 
     def report(progress: Progress) -> None:
@@ -49,14 +31,14 @@ def main() -> int:
 
     try:
         run = read_run(path)
-        lock = claim(path) if first else None  # noqa: F841  # kept until the process ends, however it does
-        import torch
+        with claim(path) if first else nullcontext():
+            import torch
 
-        from sipo.training.run import train
+            from sipo.training.run import train
 
-        if torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(asked.gpu_memory, int(os.environ.get("LOCAL_RANK", "0")))
-        train(run, path.parent, report)
+            if torch.cuda.is_available():
+                torch.cuda.set_per_process_memory_fraction(asked.gpu_memory, int(os.environ.get("LOCAL_RANK", "0")))
+            train(run, path.parent, report)
     except SipoError as error:
         print(Failure(error=error.message).model_dump_json(), file=stdout)
         return 1

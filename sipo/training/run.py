@@ -25,7 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
-from sipo.files import sync_tree, write_atomically
+from sipo.files import sync, sync_tree, write_atomically
 from sipo.training.arguments import TARGETS, common_arguments, precision
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
@@ -111,6 +111,7 @@ def _train(
         write_records(folder, run, metrics, trainer.state.log_history)
         sync_tree(folder / ADAPTER)  # nothing it could be made from again is left then
         write_atomically(folder / METRICS, metrics.model_dump_json(indent=1))
+        sync(folder)
         for name in (CHECKPOINTS, ROWS):
             shutil.rmtree(folder / name, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

@@ -25,10 +25,10 @@ from services.common.training import run_child
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
 from sipo.prompts import PromptFormat
-from sipo.training.__main__ import claim
 from sipo.training.arguments import TARGETS
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
 from sipo.training.methods import modpo_margins
+from sipo.training.process import claim
 from sipo.training.reporting import Reporter
 from sipo.training.run import build_trainer, train
 from sipo.training.settings import Progress, TrainMetrics, TrainRun, TrainSettings, write_run
