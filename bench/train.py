@@ -41,8 +41,9 @@ from bench.score import GPU, peak_bytes
 from services.common.stack import KEEP_MEMORY
 from sipo.datasets.bundled import bundled_examples
 from sipo.models import BUNDLED_MODEL, resolve_model
+from sipo.precision import torch_dtype
 from sipo.prompts import PromptFormat
-from sipo.training.arguments import TARGETS, WEIGHT_DECAY, precision
+from sipo.training.arguments import TARGETS, WEIGHT_DECAY
 from sipo.training.data import TokenisedPairs, alignment_pairs, tokenise
 from sipo.training.reporting import Reporter
 from sipo.training.run import build_trainer
@@ -151,7 +152,7 @@ class Plain:
 
     def _trainer(self, folder: str) -> DPOTrainer:
         settings = self.run.settings
-        dtype = precision(self.run.dtype)
+        dtype = torch_dtype(self.run.dtype)
         model = AutoModelForCausalLM.from_pretrained(self.run.base, dtype=dtype)
         fresh = None
         if self.run.start is None:
@@ -267,7 +268,7 @@ def compare(base: Path) -> list[Figure]:
     tokens = sum(2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in data.train)
     losses = [[loss for epoch in epochs for loss in epoch.losses] for epochs in (ours + ours8, plain + plain8)]
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    exact = 1e-4 if precision(first.dtype) == torch.float32 else None
+    exact = 1e-4 if torch_dtype(first.dtype) == torch.float32 else None
     return [
         *against_plain("DPO", ours, plain, barred=True),
         *against_plain("Eq. 8", ours8, plain8, barred=False),

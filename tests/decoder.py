@@ -98,8 +98,8 @@ class ServedDecoder:
                 random_adapter(self.base, adapters[objective], seed=10 * seed + i, rank=rank)
         return adapters
 
-    def publish(self, name: str, *, seed: int, base_sha256: str | None = None) -> PolicySet:
-        """Publishes and activates a set of `adapters(seed=seed)`."""
+    def publish(self, name: str, *, seed: int, base_sha256: str | None = None, activate: bool = True) -> PolicySet:
+        """Publishes a set of `adapters(seed=seed)`."""
         sha256 = base_sha256 or model_sha256(self.base, Path("~/.cache/sipo").expanduser())
         draft = Draft(
             name=name,
@@ -108,7 +108,7 @@ class ServedDecoder:
             objectives=["concise", "warm"],
             beta=0.1,
         )
-        return self.store.publish(draft, self.adapters(seed=seed), self.base, activate=True)
+        return self.store.publish(draft, self.adapters(seed=seed), self.base, activate=activate)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,14 +16,6 @@ from sipo.training.settings import TrainSettings
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 WARMUP = 0.1
 WEIGHT_DECAY = 0.05
-
-
-def precision(wanted: Literal["auto", "bfloat16", "float32"] = "auto") -> torch.dtype:
-    """A CPU without bfloat16 instructions takes four times as long in bfloat16 as in float32."""
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    fast = torch.accelerator.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def processes() -> int:

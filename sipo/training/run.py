@@ -26,7 +26,8 @@ from trl import DPOConfig
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.files import sync, sync_tree, write_atomically
-from sipo.training.arguments import TARGETS, common_arguments, precision
+from sipo.precision import torch_dtype
+from sipo.training.arguments import TARGETS, common_arguments
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
 from sipo.training.memory import fitting
@@ -128,7 +129,7 @@ def build_trainer(
     micro-batch; PairTrainer's is Eq. 8's.
     """
     settings = run.settings
-    dtype = precision(run.dtype)
+    dtype = torch_dtype(run.dtype)
     model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
     fresh = None
     if run.start is None:

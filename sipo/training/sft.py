@@ -25,9 +25,10 @@ from trl import SFTConfig, SFTTrainer
 from sipo.errors import Conflict, InvalidRequest, TrainingFailed
 from sipo.files import sync, sync_tree, write_atomically
 from sipo.models import model_sha256
+from sipo.precision import Precision, torch_dtype
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
-from sipo.training.arguments import TARGETS, common_arguments, precision
+from sipo.training.arguments import TARGETS, common_arguments
 from sipo.training.checkpoints import Checkpoints, last_checkpoint
 from sipo.training.data import HELD_OUT, MIN_PAIRS_TO_HOLD_OUT
 from sipo.training.memory import fitting
@@ -49,6 +50,7 @@ class SftRun:
     base_name: str
     prompt_format: PromptFormat
     settings: TrainSettings
+    dtype: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _train(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: Rep
 
 
 def _trainer(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: Reporter, *, micro_batch: int) -> SFTTrainer:
-    settings, dtype = run.settings, precision()
+    settings, dtype = run.settings, torch_dtype(run.dtype)
     args = SFTConfig(
         **common_arguments(
             settings, work, rows=len(rows.train), micro_batch=micro_batch, dtype=dtype, held_out=bool(rows.validation)

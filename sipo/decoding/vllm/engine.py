@@ -12,6 +12,7 @@ from sipo.decoding.vllm.batch import RANKS, SLOTS
 from sipo.decoding.vllm.kernels import OP_PRIORITY
 from sipo.decoding.vllm.model import PREFIX
 from sipo.errors import InvalidRequest
+from sipo.precision import torch_dtype
 
 UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """By its full name: vLLM takes "uni" on a CPU for "mp", one more process that spins on shared memory."""
@@ -51,7 +52,7 @@ def engine_arguments(
     return {
         "model": str(model),
         "hf_overrides": {"architectures": [architecture]},
-        "dtype": dtype if dtype != "auto" else _natural_dtype(),
+        "dtype": str(torch_dtype("auto")).removeprefix("torch.") if dtype == "auto" else dtype,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "enforce_eager": not compiled,
@@ -69,9 +70,3 @@ def engine_arguments(
         "tensor_parallel_size": tensor_parallel,
         "distributed_executor_backend": UNIPROC if tensor_parallel == 1 else "mp",
     }
-
-
-def _natural_dtype() -> str:
-    """float32 on processors that would only emulate bfloat16."""
-    has_bfloat16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if has_bfloat16 else "float32"
