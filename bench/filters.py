@@ -18,10 +18,10 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from bench.report import Figure, report
-from gateway.cli.demo import run_round
-from gateway.cli.demo_input import HELD_OUT, bundled_input
+from gateway.cli.demo.command import run_round
+from gateway.cli.demo.input import HELD_OUT, bundled_input
 from gateway.settings import GatewaySettings
-from services.common.messages import PromptDecided, ScoredCandidate
+from services.common.contract.messages import PromptDecided, ScoredCandidate
 from services.trainer.decisions import DecisionLog
 from sipo.datasets import bundled_examples
 from sipo.evaluation.ground_truth import REWARDS

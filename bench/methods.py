@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.filters import decide
 from bench.report import FOLDER as BENCH
 from bench.report import Figure, report
-from gateway.cli.train_plan import PlannedRun
-from gateway.cli.train_runs import RUN, Runs
+from gateway.cli.train.plan import PlannedRun
+from gateway.cli.train.runs import RUN, Runs
 from gateway.settings import GatewaySettings
 from gateway.shipped import publish_shipped
-from services.common.messages import PromptDecided
-from services.common.training import run_child
+from services.common.contract.messages import PromptDecided
+from services.common.local.training import run_child
 from services.trainer.rounds import pareto_pairs_of
 from sipo.datasets import bundled_examples
 from sipo.lora import load_adapter

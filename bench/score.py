@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.decode import CACHE, Process, median_ratio
 from bench.report import Figure, report
-from services.common.stack import KEEP_MEMORY, SHARE_CORES
+from services.common.local.stack import KEEP_MEMORY, SHARE_CORES
 from sipo.datasets.bundled import bundled_eval_prompts
 from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
 from sipo.policies import BaseModelRef, Draft, PolicyStore

@@ -38,7 +38,7 @@ from trl import DPOConfig, DPOTrainer
 from bench.decode import CACHE, Process, median_ratio
 from bench.report import Figure, report
 from bench.score import GPU, peak_bytes
-from services.common.stack import KEEP_MEMORY
+from services.common.local.stack import KEEP_MEMORY
 from sipo.datasets.bundled import bundled_examples
 from sipo.models import BUNDLED_MODEL, resolve_model
 from sipo.precision import torch_dtype

@@ -13,14 +13,14 @@ from fastapi.responses import JSONResponse, Response
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from gateway import completions, jobs, models
-from gateway import queue as queue_routes
-from gateway.feeder import Feeder
+from gateway.jobs.feeder import Feeder
+from gateway.routes import completions, jobs, models
+from gateway.routes import queue as queue_routes
 from gateway.settings import GatewaySettings
-from services.common import app as common
-from services.common.job_store import JobStore
+from services.common.contract.job_store import JobStore
 from services.common.queue import Queue, unanswered
 from services.common.tasks import end_tasks
+from services.common.web import app as common
 from sipo.errors import Unavailable
 from sipo.policies import PolicyStore
 

@@ -7,10 +7,10 @@ import httpx
 from gateway.app import create_app
 from gateway.settings import GatewaySettings
 from services.common import logging
-from services.common.app import serve
 from services.common.queue import connect
-from services.common.replicas import replica_client
 from services.common.settings import load
+from services.common.web.app import serve
+from services.common.web.replicas import replica_client
 
 
 def main() -> None:

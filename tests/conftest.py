@@ -136,7 +136,7 @@ def data_dir(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real embedded Valkey, one for all tests."""
-    from services.common.valkey import server
+    from services.common.local.valkey import server
 
     with server(tmp_path_factory.mktemp("queue")) as url:
         yield url

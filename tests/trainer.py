@@ -13,13 +13,13 @@ import torch
 from redis.asyncio import Redis
 from safetensors.torch import save_file
 
-from services.common.clients import DecoderClient
-from services.common.job_store import Job, JobStore
-from services.common.jobs import JobSpec, JobState
-from services.common.messages import Candidate, PromptDecided, ScoredCandidate
+from services.common.contract.job_store import Job, JobStore
+from services.common.contract.jobs import JobSpec, JobState
+from services.common.contract.messages import Candidate, PromptDecided, ScoredCandidate
+from services.common.contract.reports import Report
 from services.common.queue import DECISIONS, Consumer, Queue
-from services.common.reports import Report
 from services.common.tasks import end_tasks
+from services.common.web.clients import DecoderClient
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import REPORT, Stages
 from sipo.policies import Draft

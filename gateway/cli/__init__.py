@@ -10,11 +10,11 @@ import typer
 from gateway.cli import jobs, policies, queue
 from gateway.cli.conflicts import conflicts
 from gateway.cli.console import CommandLine
-from gateway.cli.demo import demo
+from gateway.cli.demo.command import demo
 from gateway.cli.generate import generate
-from gateway.cli.score import score
-from gateway.cli.sft import sft
-from gateway.cli.train import train
+from gateway.cli.score.command import score
+from gateway.cli.train.command import train
+from gateway.cli.train.sft import sft
 from gateway.cli.up import up
 
 app = typer.Typer(

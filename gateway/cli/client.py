@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from services.common.job_store import Job
+from services.common.contract.job_store import Job
 from sipo.errors import Conflict, InvalidRequest, NotFound, SipoError, Unavailable
 
 GatewayUrl = Annotated[str, typer.Option("--url", envvar="SIPO_GATEWAY_URL", help="Where the gateway listens.")]

@@ -12,8 +12,8 @@ from rich.table import Table
 from gateway.cli.client import DEFAULT_URL, Gateway, GatewayUrl
 from gateway.cli.console import console
 from gateway.cli.progress import watch_job
-from services.common.job_store import Job
-from services.common.jobs import JobSpec, JobState
+from services.common.contract.job_store import Job
+from services.common.contract.jobs import JobSpec, JobState
 from sipo.errors import InvalidRequest
 from sipo.training.presets import Preset, read_preset
 

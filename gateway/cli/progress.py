@@ -8,8 +8,8 @@ from collections.abc import Callable
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from gateway.cli.console import console
-from services.common.job_store import Job
-from services.common.jobs import JobState
+from services.common.contract.job_store import Job
+from services.common.contract.jobs import JobState
 from sipo.training.settings import Progress as Training
 
 LINE_SECONDS = 15.0

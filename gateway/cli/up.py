@@ -10,9 +10,9 @@ import typer
 from gateway.cli.console import console
 from gateway.settings import GatewaySettings
 from gateway.shipped import publish_shipped
+from services.common.local.stack import stack_specs
+from services.common.local.supervisor import ProcessSpec, Supervisor
 from services.common.settings import load
-from services.common.stack import stack_specs
-from services.common.supervisor import ProcessSpec, Supervisor
 from sipo.models import BUNDLED_MODEL
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common.app import create_app as create_common_app
+from services.common.web.app import create_app as create_common_app
 from services.decoder.choice import Choice, ChoiceFields, Chooser
 from services.decoder.residency import Loader, ResidentSets
 from services.decoder.settings import DecoderSettings

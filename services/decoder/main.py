@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from services.common import logging
-from services.common.app import serve
 from services.common.settings import load
+from services.common.web.app import serve
 from services.decoder.app import Engine, create_app
 from services.decoder.settings import DecoderSettings
 from sipo.decoding.vllm import set_environment

@@ -14,8 +14,8 @@ from fastapi import Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from services.common import app as common
-from services.common.clients import JOB_PRIORITY, Completion, DecoderClient
+from services.common.web import app as common
+from services.common.web.clients import JOB_PRIORITY, Completion, DecoderClient
 from services.reviewer.settings import ReviewerSettings
 from sipo.models import resolve_model
 from sipo.policies import PolicySet, PolicyStore

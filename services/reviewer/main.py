@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from services.common import logging
-from services.common.app import serve
-from services.common.clients import DecoderClient
 from services.common.settings import load
+from services.common.web.app import serve
+from services.common.web.clients import DecoderClient
 from services.reviewer.app import create_app
 from services.reviewer.settings import ReviewerSettings
 

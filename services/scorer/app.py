@@ -15,9 +15,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from redis.asyncio import Redis
 
-from services.common import app as common
-from services.common.messages import PromptSampled, Rewards
+from services.common.contract.messages import PromptSampled, Rewards
 from services.common.queue import CANDIDATES, DECISIONS, Consumer, Delivery, consuming, each, unanswered
+from services.common.web import app as common
 from services.scorer.scoring import Asked, Given, Scorer, as_failed
 from services.scorer.settings import ScorerSettings
 from sipo.errors import SipoError

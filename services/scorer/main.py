@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from services.common import logging
-from services.common.app import serve
 from services.common.queue import connect
 from services.common.settings import load
+from services.common.web.app import serve
 from services.scorer.app import create_app
 from services.scorer.settings import ScorerSettings
 

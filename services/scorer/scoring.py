@@ -14,7 +14,7 @@ import structlog
 import torch
 from transformers import AutoTokenizer
 
-from services.common.messages import Candidate, PromptDecided, PromptSampled, Rewards, ScoredCandidate
+from services.common.contract.messages import Candidate, PromptDecided, PromptSampled, Rewards, ScoredCandidate
 from services.common.queue import DECISIONS
 from services.scorer.passes import Passes
 from services.scorer.settings import ScorerSettings

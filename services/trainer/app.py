@@ -11,12 +11,12 @@ import structlog
 from fastapi import FastAPI
 from redis.asyncio import Redis
 
-from services.common import app as common
-from services.common.job_store import JobStore
-from services.common.messages import PromptDecided
+from services.common.contract.job_store import JobStore
+from services.common.contract.messages import PromptDecided
+from services.common.local.training import launch_command
 from services.common.queue import DECISIONS, Consumer, unanswered
 from services.common.tasks import end_tasks
-from services.common.training import launch_command
+from services.common.web import app as common
 from services.trainer.decoders import decoder_clients
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Base, Stages

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from services.common.messages import PromptDecided
+from services.common.contract.messages import PromptDecided
 from sipo.errors import Conflict, NotFound
 from sipo.files import sync
 

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 import httpx
 import structlog
 
-from services.common.clients import DecoderClient
 from services.common.tasks import end_tasks
+from services.common.web.clients import DecoderClient
 from sipo.errors import Conflict, SipoError, Unavailable
 
 log = structlog.get_logger(__name__)

@@ -14,12 +14,12 @@ from typing import Any
 import structlog
 from redis.exceptions import RedisError
 
-from services.common.clients import DecoderClient
-from services.common.job_store import Job, JobStore, Lease
-from services.common.jobs import JobState
-from services.common.messages import PromptDecided
+from services.common.contract.job_store import Job, JobStore, Lease
+from services.common.contract.jobs import JobState
+from services.common.contract.messages import PromptDecided
 from services.common.queue import Delivery
 from services.common.tasks import end_tasks
+from services.common.web.clients import DecoderClient
 from services.trainer.decisions import DECISIONS, DecisionLog
 from services.trainer.decoders import asleep
 from services.trainer.rounds import REPORT, Stages, why_not_trainable

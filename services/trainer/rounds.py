@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from services.common.job_store import Job
-from services.common.messages import PromptDecided
-from services.common.reports import Funnel, GroundTruth, Report, RoundReport
-from services.common.training import run_child
+from services.common.contract.job_store import Job
+from services.common.contract.messages import PromptDecided
+from services.common.contract.reports import Funnel, GroundTruth, Report, RoundReport
+from services.common.local.training import run_child
 from sipo.errors import Conflict
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.files import sync, write_atomically

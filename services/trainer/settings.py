@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from services.common.local.training import launch_command
 from services.common.settings import CommonSettings, Port
-from services.common.training import launch_command
 from sipo.errors import InvalidRequest
 
 

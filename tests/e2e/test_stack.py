@@ -17,7 +17,7 @@ import openai
 import psutil
 import pytest
 
-from services.common.processes import free_ports
+from services.common.local.processes import free_ports
 from sipo.datasets import bundled_examples
 from sipo.policies import PolicyStore
 

@@ -281,7 +281,7 @@ def test_progress_is_told_in_lines_without_a_terminal_and_live_on_one(
 ) -> None:
     """Either way stdout has the rows alone."""
     file = answers(tmp_path / "answers.jsonl", 8)
-    module = import_module("gateway.cli.score")  # as an attribute of its package, it is the command
+    module = import_module("gateway.cli.score.command")  # as an attribute of its package, it is the command
     monkeypatch.setattr(module, "LINE_SECONDS", 0)
     lines = score(file)
     told = [line for line in lines.stderr.splitlines() if " of 8 rows" in line]

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from gateway.cli import app
-from gateway.cli.train_progress import Display
-from services.common.jobs import JobSpec
+from gateway.cli.train.progress import Display
+from services.common.contract.jobs import JobSpec
 from sipo.errors import InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
 from sipo.models import model_sha256
@@ -84,7 +84,7 @@ def made(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         await tell(progress)
         return await quick(path, lambda _: tell(progress))
 
-    monkeypatch.setattr(import_module("gateway.cli.train"), "run_child", run_child)
+    monkeypatch.setattr(import_module("gateway.cli.train.command"), "run_child", run_child)
     return made
 
 
@@ -358,7 +358,7 @@ def test_every_preset_can_be_read_and_the_small_one_is_that_of_jobs() -> None:
 
 async def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """A note has a line of its own on both."""
-    module = import_module("gateway.cli.train_progress")
+    module = import_module("gateway.cli.train.progress")
     reference = Progress(objective="warm", stage="reference", step=2, of=8, seconds_left=6)
     steps = [
         Progress(objective="warm", stage="training", step=i, of=4, seconds_left=4 - i, loss=0.5, margin=-0.25, accuracy=0.75)
@@ -440,6 +440,6 @@ def test_modpo_trains_and_a_run_that_fails_says_why(
     async def diverges(*_: Any) -> TrainMetrics:
         raise TrainingFailed("it diverged")
 
-    monkeypatch.setattr(import_module("gateway.cli.train"), "run_child", diverges)
+    monkeypatch.setattr(import_module("gateway.cli.train.command"), "run_child", diverges)
     result = train(*args, "--out", tmp_path / "bad")
     assert (result.exit_code, "it diverged" in result.stderr) == (1, True)

@@ -13,11 +13,11 @@ import pytest
 from redis.asyncio import Redis
 
 from gateway.app import create_app
-from gateway.feeder import Feeder
+from gateway.jobs.feeder import Feeder
 from gateway.settings import GatewaySettings
-from services.common.job_store import Job, JobStore
-from services.common.jobs import JobState
-from services.common.messages import Candidate, PromptDecided, PromptQueued, ScoredCandidate
+from services.common.contract.job_store import Job, JobStore
+from services.common.contract.jobs import JobState
+from services.common.contract.messages import Candidate, PromptDecided, PromptQueued, ScoredCandidate
 from services.common.queue import PROMPTS, Queue
 from services.common.settings import Teacher
 from services.common.tasks import end_tasks

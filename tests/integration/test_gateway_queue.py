@@ -20,12 +20,12 @@ from typer.testing import CliRunner, Result
 from gateway.app import create_app
 from gateway.cli import app
 from gateway.settings import GatewaySettings
-from gateway.worker import as_failed
-from services.common.job_store import Job, JobStore
-from services.common.jobs import JobSpec, JobState
-from services.common.messages import Message, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from gateway.worker.generation import as_failed
+from services.common.contract.job_store import Job, JobStore
+from services.common.contract.jobs import JobSpec, JobState
+from services.common.contract.keys import CAPACITY, dead
+from services.common.contract.messages import Message, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
 from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, Queue, connect, each
-from services.common.queue.keys import CAPACITY, dead
 from services.common.queue.streams import DeadLetter
 from services.trainer.decisions import DecisionLog
 from sipo.errors import NotFound

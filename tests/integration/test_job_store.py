@@ -5,9 +5,9 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from services.common.job_store import Job, JobStore, new_job_id
-from services.common.jobs import JobSpec, JobState
-from services.common.queue.keys import count_field, job_key
+from services.common.contract.job_store import Job, JobStore, new_job_id
+from services.common.contract.jobs import JobSpec, JobState
+from services.common.contract.keys import count_field, job_key
 from sipo.errors import Conflict, NotFound
 
 SPEC = JobSpec(policy="demo", max_prompts=3)

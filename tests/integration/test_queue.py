@@ -15,9 +15,11 @@ from typing import Any, cast
 import pytest
 from redis.asyncio import Redis
 
-from services.common.job_store import JobStore
-from services.common.jobs import JobSpec, JobState
-from services.common.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from services.common.contract.job_store import JobStore
+from services.common.contract.jobs import JobSpec, JobState
+from services.common.contract.keys import dead, job_key
+from services.common.contract.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from services.common.local.valkey import server
 from services.common.queue import (
     CANDIDATES,
     DECISIONS,
@@ -29,9 +31,7 @@ from services.common.queue import (
     each,
 )
 from services.common.queue.consumer import Handler
-from services.common.queue.keys import dead, job_key
 from services.common.queue.streams import Depth
-from services.common.valkey import server
 from sipo.errors import InvalidRequest, Unavailable
 from sipo.preferences import Example
 
@@ -153,7 +153,7 @@ async def test_a_slow_handler_keeps_its_message_by_heartbeats(redis: Redis) -> N
 
 KILLED = """
 import asyncio, sys
-from services.common.messages import PromptQueued
+from services.common.contract.messages import PromptQueued
 from services.common.queue import PROMPTS, Consumer, connect
 async def handle(batch):
     print(len(batch), flush=True)
@@ -232,7 +232,7 @@ async def test_a_poisonous_message_goes_to_the_dead_and_takes_no_neighbour_with_
 
 CRASHES = """
 import asyncio, os, sys
-from services.common.messages import PromptQueued, PromptSampled
+from services.common.contract.messages import PromptQueued, PromptSampled
 from services.common.queue import CANDIDATES, PROMPTS, Consumer, connect
 async def handle(batch):
     if any(d.message.prompt == "1" for d in batch):
@@ -488,8 +488,8 @@ async def test_dead_messages_can_be_put_back(redis: Redis) -> None:
 
 async def test_messages_and_claims_survive_the_death_of_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SIGKILL in the middle of a batch: the consumer waits for the server, and what it held is still its own."""
+    from services.common.local.valkey import server_argv
     from services.common.queue import connect
-    from services.common.valkey import server_argv
 
     folder = tmp_path_factory.mktemp("dying")
     with server(folder) as url:

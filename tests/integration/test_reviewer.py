@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from services.common.clients import DecoderClient, ReviewerClient
+from services.common.web.clients import DecoderClient, ReviewerClient
 from services.reviewer.app import create_app
 from services.reviewer.settings import ReviewerSettings
 from sipo.errors import InvalidRequest, NotFound, Unavailable

@@ -19,11 +19,11 @@ import torch
 from redis.asyncio import Redis
 from safetensors.torch import load_file
 
-from gateway.feeder import Feeder, read_prompts
-from services.common.job_store import Job, JobStore
-from services.common.jobs import JobState
-from services.common.messages import PromptDecided, PromptQueued
-from services.common.processes import free_ports
+from gateway.jobs.feeder import Feeder, read_prompts
+from services.common.contract.job_store import Job, JobStore
+from services.common.contract.jobs import JobState
+from services.common.contract.messages import PromptDecided, PromptQueued
+from services.common.local.processes import free_ports
 from services.common.queue import DECISIONS, PROMPTS, Consumer, Queue
 from services.common.tasks import end_tasks
 from services.trainer import lifecycle, rounds
@@ -286,7 +286,7 @@ async def test_a_trainer_killed_after_any_step_of_any_round_goes_on(
 
 
 TRAINER = """
-from services.common.app import serve
+from services.common.web.app import serve
 from services.common.queue import connect
 from services.common.settings import load
 from services.trainer.app import create_app

@@ -16,9 +16,9 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from services.common.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from services.common.contract.keys import dead
+from services.common.contract.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
 from services.common.queue import CANDIDATES, DECISIONS, Queue, connect
-from services.common.queue.keys import dead
 from services.scorer.app import create_app
 from services.scorer.scoring import Given
 from services.scorer.settings import ScorerSettings

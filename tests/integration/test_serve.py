@@ -9,14 +9,14 @@ import sys
 
 import httpx
 
-from services.common.processes import free_ports
+from services.common.local.processes import free_ports
 
 SERVICE = """
 import asyncio, logging, sys
 from contextlib import asynccontextmanager
 import structlog
 from services.common import logging as logs
-from services.common.app import create_app, serve
+from services.common.web.app import create_app, serve
 from services.common.settings import CommonSettings, load
 
 settings = load(CommonSettings)

@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from services.common.processes import free_ports
+from services.common.local.processes import free_ports
+from services.common.local.stack import stack_specs
+from services.common.local.supervisor import ProcessFailed, ProcessSpec, Supervisor
 from services.common.settings import CommonSettings
-from services.common.stack import stack_specs
-from services.common.supervisor import ProcessFailed, ProcessSpec, Supervisor
 from sipo.errors import Conflict
 
 WEB = """
@@ -181,7 +181,7 @@ time.sleep(60)
 OWNER = """
 import sys
 from pathlib import Path
-from services.common.supervisor import ProcessSpec, Supervisor
+from services.common.local.supervisor import ProcessSpec, Supervisor
 sleeper = (sys.executable, "-S", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
 specs = [ProcessSpec(name, sleeper) for name in "ab"]
 Supervisor(specs, Path(sys.argv[1])).run()

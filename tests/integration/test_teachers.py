@@ -15,14 +15,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from redis.asyncio import Redis
 
-from gateway.worker import create_app
-from gateway.worker_settings import WorkerSettings
-from services.common.clients import DecoderClient, ReviewerClient, TeacherClient
-from services.common.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.processes import free_ports
+from gateway.worker.app import create_app
+from gateway.worker.settings import WorkerSettings
+from services.common.contract.keys import dead
+from services.common.contract.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from services.common.local.processes import free_ports
 from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Queue, connect
-from services.common.queue.keys import dead
 from services.common.settings import Teacher
+from services.common.web.clients import DecoderClient, ReviewerClient, TeacherClient
 from services.reviewer.app import create_app as create_reviewer
 from services.reviewer.settings import ReviewerSettings
 from sipo.errors import SipoError, Unavailable

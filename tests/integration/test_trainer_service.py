@@ -15,12 +15,12 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from safetensors.torch import load_file, save_file
 
-from services.common.clients import DecoderClient
-from services.common.job_store import Job, JobStore
-from services.common.jobs import JobState
-from services.common.messages import PromptDecided
+from services.common.contract.job_store import Job, JobStore
+from services.common.contract.jobs import JobState
+from services.common.contract.keys import job_key
+from services.common.contract.messages import PromptDecided
 from services.common.queue import DECISIONS, Queue
-from services.common.queue.keys import job_key
+from services.common.web.clients import DecoderClient
 from services.decoder.settings import DecoderSettings
 from services.trainer import decoders, rounds
 from services.trainer.rounds import Stages

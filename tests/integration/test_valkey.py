@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from services.common.processes import free_ports
-from services.common.valkey import server, stop_leftover
+from services.common.local.processes import free_ports
+from services.common.local.valkey import server, stop_leftover
 
 
 def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_server_of_another_folder_is_left_alone(tmp_path: Path) -> None:
 OWNER = """
 import sys
 from pathlib import Path
-from services.common.valkey import server
+from services.common.local.valkey import server
 with server(Path(sys.argv[1])) as url:
     print(url, flush=True)
     input()

@@ -12,12 +12,12 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from gateway.worker import create_app
-from gateway.worker_settings import WorkerSettings
-from services.common.clients import DecoderClient, ReviewerClient
-from services.common.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from gateway.worker.app import create_app
+from gateway.worker.settings import WorkerSettings
+from services.common.contract.keys import dead
+from services.common.contract.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
 from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Queue, connect
-from services.common.queue.keys import dead
+from services.common.web.clients import DecoderClient, ReviewerClient
 from services.reviewer.app import create_app as create_reviewer
 from services.reviewer.settings import ReviewerSettings
 from sipo.preferences import Example, format_weights, sampling_weights

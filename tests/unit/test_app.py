@@ -9,8 +9,8 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from services.common.app import create_app
 from services.common.settings import CommonSettings
+from services.common.web.app import create_app
 from sipo.errors import Conflict, InvalidWeights, NotFound, SipoError, Unavailable
 
 ERRORS: dict[str, Exception] = {

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from gateway.cli.demo_input import MAX_PROMPT_TOKENS, own_input
-from gateway.cli.demo_results import show_report
-from services.common.reports import Funnel, GroundTruth, Report, RoundReport
+from gateway.cli.demo.input import MAX_PROMPT_TOKENS, own_input
+from gateway.cli.demo.results import show_report
+from services.common.contract.reports import Funnel, GroundTruth, Report, RoundReport
 from services.common.settings import CommonSettings
 from sipo.errors import InvalidData, InvalidRequest
 from sipo.policies import PolicyStore

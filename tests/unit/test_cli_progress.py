@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 import pytest
 
 from gateway.cli.progress import watch_job
-from services.common.job_store import Counts, Job
-from services.common.jobs import JobSpec, JobState
+from services.common.contract.job_store import Counts, Job
+from services.common.contract.jobs import JobSpec, JobState
 from sipo.training.settings import Progress
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

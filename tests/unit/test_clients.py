@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from services.common.clients import Completion, DecoderClient, ReviewerClient
+from services.common.web.clients import Completion, DecoderClient, ReviewerClient
 from sipo.errors import Conflict, InvalidRequest, NotFound, SipoError, Unavailable
 
 CHAT = [{"role": "user", "content": "How long does an egg boil?"}]

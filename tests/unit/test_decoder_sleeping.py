@@ -20,8 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.app import create_app as create_gateway
 from gateway.settings import GatewaySettings
-from services.common.clients import DecoderClient
 from services.common.tasks import end_tasks
+from services.common.web.clients import DecoderClient
 from services.decoder.residency import ResidentSets
 from services.decoder.settings import DecoderSettings
 from services.decoder.sleeping import Sleeper

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import httpx
 
-from services.common.replicas import ReplicaTransport
+from services.common.web.replicas import ReplicaTransport
 
 Answer = Callable[[httpx.Request], httpx.Response]
 

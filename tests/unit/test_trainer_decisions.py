@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.common.messages import PromptDecided
+from services.common.contract.messages import PromptDecided
 from services.trainer.decisions import DecisionLog
 from sipo.errors import Conflict, NotFound
 from sipo.preferences import Example

@@ -9,7 +9,7 @@ from collections import Counter
 import httpx
 import pytest
 
-from services.common.clients import DecoderClient
+from services.common.web.clients import DecoderClient
 from services.trainer import decoders
 from services.trainer.decoders import asleep, decoder_clients
 from sipo.errors import Conflict

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from services.common.training import run_child
+from services.common.local.training import run_child
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
 from sipo.prompts import PromptFormat

@@ -8,10 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.worker import Generator, as_failed, seed_of, together
-from services.common.clients import DecoderClient, ReviewerClient
-from services.common.messages import PromptQueued, SamplingPlan
+from gateway.worker.generation import Generator, as_failed, seed_of, together
+from services.common.contract.messages import PromptQueued, SamplingPlan
 from services.common.queue import DECISIONS
+from services.common.web.clients import DecoderClient, ReviewerClient
 from sipo.errors import InvalidRequest, NotFound
 from sipo.policies import PolicyStore
 from sipo.preferences import Example

@@ -18,8 +18,8 @@ dead messages with the reason. Messages of jobs that have ended are dropped, whe
 What messages mean is not known here.
 """
 
+from services.common.contract.keys import CANDIDATES, DECISIONS, PROMPTS
 from services.common.queue.consumer import Consumer, Delivery, consuming, each
-from services.common.queue.keys import CANDIDATES, DECISIONS, PROMPTS
 from services.common.queue.streams import Queue, connect, unanswered
 
 __all__ = ["CANDIDATES", "DECISIONS", "PROMPTS", "Consumer", "Delivery", "Queue", "connect", "consuming", "each", "unanswered"]

@@ -20,8 +20,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.common.messages import Message
-from services.common.queue.keys import CAPACITY, GROUP, count_field, dead, job_key
+from services.common.contract.keys import CAPACITY, GROUP, count_field, dead, job_key
+from services.common.contract.messages import Message
 from services.common.queue.scripts import ENDED, HAND_OVER, HOLD, LEAVE, TAKE_OVER
 from services.common.queue.streams import DeadLetter
 from services.common.tasks import end_tasks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.common.jobs import JobState
+from services.common.contract.jobs import JobState
 
 ENDED = frozenset(state.value for state in JobState if state.ended)
 ENDED_LUA = "{" + ", ".join(f"{state} = true" for state in sorted(ENDED)) + "}"

@@ -14,8 +14,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.common.messages import Message, PromptQueued
-from services.common.queue.keys import CAPACITY, PROMPTS, STREAMS, count_field, dead, job_key
+from services.common.contract.keys import CAPACITY, PROMPTS, STREAMS, count_field, dead, job_key
+from services.common.contract.messages import Message, PromptQueued
 from services.common.queue.scripts import FEED, LEAVE, PUT, REQUEUE
 
 ABSENT = 3600.0  # seconds after which a consumer without messages is forgotten

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat
 from starlette.types import Receive, Scope, Send
 
 from gateway.targets import resolve_target
-from services.common.app import sipo_error_body
+from services.common.web.app import sipo_error_body
 from sipo.errors import InvalidRequest, SipoError, Unavailable
 
 router = APIRouter(tags=["completions"])

@@ -15,8 +15,8 @@ from typing import Any, NotRequired, Self, TypedDict, Unpack
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
-from services.common.replicas import replica_client
 from services.common.settings import Teacher
+from services.common.web.replicas import replica_client
 from sipo.errors import Conflict, InvalidRequest, NotFound, SipoError, Unavailable
 from sipo.preferences import SamplingMode, Weights
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.cli.train_plan import Base, PlannedRun
+from gateway.cli.train.plan import Base, PlannedRun
 from sipo.errors import InvalidRequest
 from sipo.policies import BASE, POLICY_NAME, Draft, PolicySet, PolicyStore, adapter_sha256
 from sipo.training.settings import ADAPTER, METRICS, PAIRS, Method, TrainMetrics, read_run, write_run

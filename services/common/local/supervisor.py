@@ -26,7 +26,7 @@ import httpx
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from services.common.processes import dies_with_parent
+from services.common.local.processes import dies_with_parent
 from sipo.errors import Conflict, SipoError
 
 BAD_SETTINGS = 2  # exit status after which another start would end the same (settings.load, argparse)

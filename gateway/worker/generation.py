@@ -1,28 +1,19 @@
-"""The generation worker: takes a prompt from the queue and hands on all its candidates (paper section 3.2, stages 1 and 2).
+"""From a prompt to all its candidates (paper section 3.2, stages 1 and 2).
 
-Any number of them may run. It keeps nothing: what it has when it dies is made again by another, with the same seeds.
+It keeps nothing: what it has when it dies is made again by another, with the same seeds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeVar
 
-from fastapi import FastAPI
-from redis.asyncio import Redis
-
-from gateway.worker_settings import WorkerSettings
-from services.common import app as common
-from services.common import logging
-from services.common.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient, TeacherClient
-from services.common.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, connect, consuming, each, unanswered
-from services.common.settings import load
+from services.common.contract.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from services.common.queue import DECISIONS
+from services.common.web.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient, TeacherClient
 from sipo.errors import NotFound
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights
@@ -168,40 +159,3 @@ def as_failed(queued: PromptQueued, reason: str) -> tuple[str, PromptDecided]:
         job=queued.job, round=queued.round, prompt=queued.prompt, outcome="failed", example=queued.example, error=reason
     )
     return DECISIONS, decision
-
-
-def create_app(settings: WorkerSettings, redis: Redis, decoder: DecoderClient, reviewer: ReviewerClient) -> FastAPI:
-    teachers = {name: TeacherClient(name, teacher) for name, teacher in settings.teachers.items()}
-    generator = Generator(decoder, reviewer, PolicyStore(settings.data_dir / "policies"), teachers)
-
-    async def make_candidates(delivery: Delivery[PromptQueued]) -> None:
-        await delivery.done(CANDIDATES, await generator.generate(delivery.message), counts={"sampled": 1})
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            stack.push_async_callback(redis.aclose)
-            await stack.enter_async_context(decoder)
-            await stack.enter_async_context(reviewer)
-            for teacher in teachers.values():
-                stack.push_async_callback(teacher.aclose)
-            # One consumer a prompt, so that a prompt that is done makes room for the next at once.
-            consumers = [
-                Consumer(redis, PROMPTS, model=PromptQueued, batch=1, on_dead=as_failed)
-                for _place in range(settings.worker_prompts)
-            ]
-            await stack.enter_async_context(consuming(consumers, each(make_candidates)))
-            yield
-
-    return common.create_app("worker", settings, lifespan, partial(unanswered, redis))
-
-
-def main() -> None:
-    settings = load(WorkerSettings)
-    logging.configure("worker", settings.log_level)
-    decoder, reviewer = DecoderClient(settings.decoder_url), ReviewerClient(settings.reviewer_url)
-    common.serve(create_app(settings, connect(settings.redis_url), decoder, reviewer), settings.host, settings.worker_port)
-
-
-if __name__ == "__main__":
-    main()

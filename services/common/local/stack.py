@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import sys
 
-from services.common.processes import free_ports
+from services.common.local.processes import free_ports
+from services.common.local.supervisor import ProcessSpec
 from services.common.settings import CommonSettings
-from services.common.supervisor import ProcessSpec
 
 LOCAL = "127.0.0.1"
 
@@ -57,7 +57,7 @@ def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[P
     if external:
         queue: list[ProcessSpec] = []
     else:
-        server = (sys.executable, "-m", "services.common.valkey", str(settings.data_dir / "queue"), str(ports["queue"]))
+        server = (sys.executable, "-m", "services.common.local.valkey", str(settings.data_dir / "queue"), str(ports["queue"]))
         queue = [ProcessSpec("queue", server, ready_url=redis_url)]
     needs_queue = tuple(spec.name for spec in queue)
     # A trainer that goes on with a job may put the decoder to sleep at once, and others wait for the decoder to be ready.

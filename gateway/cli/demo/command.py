@@ -10,21 +10,21 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli import demo_input, demo_results
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
-from gateway.cli.demo_input import DemoInput
+from gateway.cli.demo.input import PROMPTS, DemoInput, bundled_input, own_input
+from gateway.cli.demo.results import show_answers, show_report
 from gateway.cli.jobs import submit_file
 from gateway.cli.progress import watch_job
 from gateway.cli.up import announce
 from gateway.settings import GatewaySettings
-from services.common.job_store import Job
-from services.common.jobs import JobState
-from services.common.processes import free_ports
-from services.common.reports import Report
+from services.common.contract.job_store import Job
+from services.common.contract.jobs import JobState
+from services.common.contract.reports import Report
+from services.common.local.processes import free_ports
+from services.common.local.stack import stack_specs
+from services.common.local.supervisor import Supervisor
 from services.common.settings import load
-from services.common.stack import stack_specs
-from services.common.supervisor import Supervisor
 from sipo.errors import InvalidRequest, NotFound
 
 
@@ -49,10 +49,10 @@ def demo(
     if data is None and objectives is not None:
         raise InvalidRequest("--objectives goes with --data: the bundled data has its own")
     names = objectives and [name.strip() for name in objectives.split(",")]
-    source = demo_input.own_input(settings, data, names or None, max_pairs) if data else demo_input.bundled_input(settings)
+    source = own_input(settings, data, names or None, max_pairs) if data else bundled_input(settings)
     console.print(
         f"conflicts found: {source.conflicting} of {source.offered} examples conflict on {', '.join(source.objectives)}; "
-        f"the round runs on {min(source.conflicting, demo_input.PROMPTS)} of them"
+        f"the round runs on {min(source.conflicting, PROMPTS)} of them"
     )
     job = asyncio.run(run_round(settings, source))
     console.print(f"wall time: {time.monotonic() - began:.0f} s")
@@ -86,14 +86,14 @@ def _round(gateway: Gateway, settings: GatewaySettings, source: DemoInput) -> Jo
     console.print(f"posted as {job.id}")
     job = watch_job(lambda: gateway.job(job.id))
     try:
-        demo_results.show_report(Report.model_validate(gateway.get(f"/v1/jobs/{job.id}/report")))
+        show_report(Report.model_validate(gateway.get(f"/v1/jobs/{job.id}/report")))
     except NotFound:  # it failed before there was anything to report
         console.print(f"logs: {settings.data_dir / 'logs'}")
     if job.error:
         console.print(f"{job.id} {job.state}: {job.error}", style="red", markup=False)
     if job.policy_set:
         prompt = next(example.prompt for example in source.examples if example.conflicting(source.objectives))
-        demo_results.show_answers(gateway, job.policy_set, source.objectives, prompt)
+        show_answers(gateway, job.policy_set, source.objectives, prompt)
     console.print(f"\nartifacts: {settings.data_dir / 'jobs' / job.id} (decisions, report, training runs)")
     console.print(f"policies:  {settings.data_dir / 'policies' / job.spec.policy}")
     return job

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from gateway.cli.console import complaints, console
-from gateway.cli.train_data import Labelled, read_data
-from gateway.cli.train_progress import Display
+from gateway.cli.train.data import Labelled, read_data
+from gateway.cli.train.progress import Display
 from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
 from sipo.models import resolve_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from services.common.messages import PromptDecided
+from services.common.contract.messages import PromptDecided
 
 DECISIONS = "decisions.jsonl"  # as the trainer names it
 

@@ -20,11 +20,11 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.datastructures import UploadFile
 
-from gateway.decisions import DECISIONS, read_decisions, whole_lines
-from gateway.job_input import settle_spec, store_input
+from gateway.jobs.decisions import DECISIONS, read_decisions, whole_lines
+from gateway.jobs.input import settle_spec, store_input
 from gateway.settings import GatewaySettings
-from services.common.job_store import Job, JobStore, new_job_id
-from services.common.jobs import JobSpec
+from services.common.contract.job_store import Job, JobStore, new_job_id
+from services.common.contract.jobs import JobSpec
 from sipo.datasets import read_lines
 from sipo.errors import InvalidRequest, NotFound
 from sipo.policies import PolicyStore

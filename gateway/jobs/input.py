@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from services.common.jobs import JobSpec
+from services.common.contract.jobs import JobSpec
 from sipo.errors import Conflict, InvalidRequest
 from sipo.policies import BASE, PolicySet, PolicyStore
 from sipo.preferences import Example, check_objectives, normalize_weights

@@ -1,4 +1,4 @@
-"""What things are called in Redis. services.common.job_store uses the job's keys too."""
+"""What things are called in Redis. services.common.contract.job_store uses the job's keys too."""
 
 from __future__ import annotations
 

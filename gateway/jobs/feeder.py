@@ -14,11 +14,11 @@ from pathlib import Path
 import structlog
 from redis.exceptions import RedisError
 
-from gateway.decisions import DECISIONS, read_decisions
-from gateway.job_input import INPUT, chosen_rows
-from services.common.job_store import Job, JobStore
-from services.common.jobs import JobState
-from services.common.messages import PromptQueued, SamplingPlan
+from gateway.jobs.decisions import DECISIONS, read_decisions
+from gateway.jobs.input import INPUT, chosen_rows
+from services.common.contract.job_store import Job, JobStore
+from services.common.contract.jobs import JobState
+from services.common.contract.messages import PromptQueued, SamplingPlan
 from services.common.queue import Queue
 from sipo.errors import Conflict
 from sipo.preferences import Example, sampling_weights, uniform_weights

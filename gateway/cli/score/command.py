@@ -20,7 +20,7 @@ from rich.table import Table
 
 from gateway.cli.console import complaints
 from gateway.cli.progress import LINE_SECONDS
-from gateway.cli.score_files import Row, ScoredRow, check_out, read_rows, scored_before
+from gateway.cli.score.files import Row, ScoredRow, check_out, read_rows, scored_before
 from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
 from sipo.models import model_sha256, resolve_model

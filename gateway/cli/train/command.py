@@ -14,12 +14,12 @@ import typer
 from rich.table import Table
 
 from gateway.cli.console import complaints, console
-from gateway.cli.train_data import read_data
-from gateway.cli.train_plan import Base, Options, Planner, method_for
-from gateway.cli.train_progress import Display
-from gateway.cli.train_runs import RUN, Runs
+from gateway.cli.train.data import read_data
+from gateway.cli.train.plan import Base, Options, Planner, method_for
+from gateway.cli.train.progress import Display
+from gateway.cli.train.runs import RUN, Runs
+from services.common.local.training import launch_command, run_child
 from services.common.settings import CommonSettings, load
-from services.common.training import launch_command, run_child
 from sipo.policies import PolicyStore
 from sipo.training.presets import read_preset, read_settings
 from sipo.training.settings import Method, TrainMetrics, TrainSettings

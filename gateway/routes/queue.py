@@ -13,9 +13,9 @@ from typing import Final, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.common.job_store import Job, JobStore
-from services.common.jobs import JobState
-from services.common.messages import Message, PromptDecided, PromptQueued, PromptSampled
+from services.common.contract.job_store import Job, JobStore
+from services.common.contract.jobs import JobState
+from services.common.contract.messages import Message, PromptDecided, PromptQueued, PromptSampled
 from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Queue
 from services.common.queue.streams import DeadLetter
 from sipo.errors import InvalidRequest, NotFound

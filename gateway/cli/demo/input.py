@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gateway.cli.console import console
 from gateway.shipped import publish_shipped
-from services.common.jobs import JobSpec
+from services.common.contract.jobs import JobSpec
 from services.common.settings import CommonSettings
 from sipo.datasets import bundled_examples, read_source
 from sipo.errors import InvalidRequest

@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 from pydantic import TypeAdapter
 
-from services.common.processes import dies_with_parent
+from services.common.local.processes import dies_with_parent
 from sipo.errors import InvalidRequest, TrainingFailed
 from sipo.training.settings import ACCELERATE, METRICS, Failure, Progress, TrainMetrics
 

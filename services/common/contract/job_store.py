@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from services.common.jobs import JobSpec, JobState
-from services.common.queue.keys import JOBS, count_field, job_key, lease_keys
+from services.common.contract.jobs import JobSpec, JobState
+from services.common.contract.keys import JOBS, count_field, job_key, lease_keys
 from sipo.errors import Conflict, NotFound
 
 NEXT: Final[dict[JobState, frozenset[JobState]]] = {
