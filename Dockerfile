@@ -2,7 +2,7 @@
 FROM vllm/vllm-openai:v0.32.0
 
 WORKDIR /app
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY gateway gateway
 COPY services services
 COPY sipo sipo

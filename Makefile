@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # Compiled at installation, as pip does it: the first start, and every start where Python may not write, is a minute shorter.
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help setup demo up test bench-decode bench-score bench-filter bench-train bench-methods bench-gpu check lint types compose-check lock clean
+.PHONY: help setup demo up test test-fast docs bench-decode bench-score bench-filter bench-train bench-methods bench-gpu check lint types compose-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -42,6 +42,12 @@ up: setup  ## serve until Ctrl-C
 
 test: setup  ## all tests
 	$(BIN)/pytest
+
+test-fast: setup  ## those that are not slow, for the working day
+	$(BIN)/pytest -m "not slow"
+
+docs: setup  ## docs/configuration.md, from the settings classes
+	$(BIN)/python scripts/make_configuration_docs.py
 
 bench-decode: setup  ## what mixing costs against one model, one request at a time and the engine alone
 	$(BIN)/python -m bench.decode
