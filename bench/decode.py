@@ -28,7 +28,7 @@ from bench.report import Figure, report
 from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
 from sipo.policies import BaseModelRef, Draft
 from sipo.prompts import PromptFormat
-from tests.decoder import ServedDecoder, random_adapter
+from support.decoder import ServedDecoder, random_adapter
 
 OBJECTIVES = ("a", "b", "c", "d")
 RANK = 16

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from bench.report import Figure, report
 from gateway.cli.demo.command import run_round
-from gateway.cli.demo.input import HELD_OUT, bundled_input
+from gateway.cli.demo.input import HELD_OUT_SPLITS, bundled_input
 from gateway.settings import GatewaySettings
 from services.common.contract.messages import PromptDecided, ScoredCandidate
 from services.trainer.decisions import DecisionLog
@@ -27,7 +27,7 @@ from sipo.datasets import bundled_examples
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.models import BUNDLED_MODEL, resolve_model
 from sipo.preferences import Example
-from sipo.selection import Filter, Response, Scored, keep_rewrites, screen, select
+from sipo.selection import CandidateText, Filter, Scored, keep_rewrites, screen, select
 
 OPTIONS: dict[str, Filter] = {
     "Eq. 7": Filter(),
@@ -78,7 +78,7 @@ def outcome(decisions: Sequence[PromptDecided], by: Filter, tokens: Tokens) -> O
         )
         made = [one.candidate for one in decision.candidates]
         rejections = screen(
-            texts, [Response(one.text, one.finish_reason != "stop") for one in made], keep_truncated=by.keep_truncated
+            texts, [CandidateText(one.text, one.finish_reason != "stop") for one in made], keep_truncated=by.keep_truncated
         )
         candidates: list[Scored] = [
             rejection or rewards(example, one.candidate.text, _scored(one), len(one.candidate.token_ids), by)
@@ -119,7 +119,7 @@ def decide(examples: list[Example], by: Filter) -> list[PromptDecided]:
 
 
 def main() -> None:
-    held_out = [one for split in HELD_OUT for one in bundled_examples(split) if one.conflicting()]
+    held_out = [one for split in HELD_OUT_SPLITS for one in bundled_examples(split) if one.conflicting()]
     decisions = decide(held_out[:PROMPTS], Filter(keep_truncated=True))
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(BUNDLED_MODEL, GatewaySettings().cache_dir))
 

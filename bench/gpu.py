@@ -28,7 +28,7 @@ from sipo.decoding.request import Entry, mixture
 from sipo.decoding.vllm.offline import POLICIES
 from sipo.decoding.vllm.residents import Delta, FixedResidents, ResidentSet
 from sipo.models import BUNDLED_MODEL, resolve_model
-from tests.decoder import random_adapter
+from support.decoder import random_adapter
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

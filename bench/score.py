@@ -39,8 +39,8 @@ from sipo.policies import BaseModelRef, Draft, PolicyStore
 from sipo.preferences import format_weights, sampling_weights
 from sipo.prompts import PromptFormat
 from sipo.rewards import Group, RewardModel, Rewards
-from sipo.rewards.model import ResidentSet
-from tests.decoder import random_adapter
+from sipo.rewards.model import StackedSet
+from support.decoder import random_adapter
 
 OBJECTIVES = ["concise", "warm"]
 SOUPS = sampling_weights(OBJECTIVES)
@@ -138,7 +138,7 @@ class Ours:
         sha256 = model_sha256(base, CACHE)
         self.model = RewardModel.load(base, store, base_sha256=sha256, device="auto", token_budget=token_budget)
         floor = store.get("floor")
-        self.model._resident[floor.id] = ResidentSet(floor, stacks={})
+        self.model._resident[floor.id] = StackedSet(floor, stacks={})
 
     def score(self, policy_set: str, group: Group, precision: str = "highest") -> tuple[float, list[Rewards]]:
         torch.set_float32_matmul_precision(precision)

@@ -43,12 +43,12 @@ from sipo.datasets.bundled import bundled_examples
 from sipo.models import BUNDLED_MODEL, resolve_model
 from sipo.precision import torch_dtype
 from sipo.prompts import PromptFormat
-from sipo.training.arguments import TARGETS, WEIGHT_DECAY
+from sipo.training.arguments import TRAINED_MODULES, WEIGHT_DECAY
 from sipo.training.data import TokenisedPairs, alignment_pairs, tokenise
 from sipo.training.reporting import Reporter
 from sipo.training.run import build_trainer
 from sipo.training.settings import TrainRun, TrainSettings
-from tests.decoder import random_adapter
+from support.decoder import random_adapter
 
 OBJECTIVE = "warm"
 PAIRS, BATCH = 16, 4
@@ -156,7 +156,9 @@ class Plain:
         model = AutoModelForCausalLM.from_pretrained(self.run.base, dtype=dtype)
         fresh = None
         if self.run.start is None:
-            fresh = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
+            fresh = LoraConfig(
+                r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TRAINED_MODULES, task_type="CAUSAL_LM"
+            )
         else:
             model = PeftModel.from_pretrained(model, self.run.start, is_trainable=True)
         args = DPOConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,30 +16,28 @@ from gateway.jobs.feeder import Feeder
 from gateway.routes import completions, jobs, models
 from gateway.routes import queue as queue_routes
 from gateway.settings import GatewaySettings
+from services.common.background import beside
 from services.common.contract.job_store import JobStore
 from services.common.queue import Queue, unanswered
-from services.common.tasks import end_tasks
 from services.common.web import app as common
 from sipo.errors import Unavailable
-from sipo.policies import PolicyStore
 
 
 def create_app(settings: GatewaySettings, decoder: httpx.AsyncClient, redis: Redis) -> FastAPI:
     """`decoder` has the decoder's base URL; both clients are closed when the application ends."""
     job_store = JobStore(redis)
     queue = Queue(redis)
-    feeder = Feeder(queue, job_store, settings.data_dir / "jobs")
+    feeder = Feeder(queue, job_store, settings.jobs_dir)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        beside = [asyncio.create_task(feeder.run()), asyncio.create_task(queue.tend())]
-        yield
-        await end_tasks(*beside)
+        async with beside(feeder.run(), queue.tend()):
+            yield
         await decoder.aclose()
         await redis.aclose()
 
     app = common.create_app("gateway", settings, lifespan, partial(unanswered, redis))
-    app.state.policies = PolicyStore(settings.data_dir / "policies")
+    app.state.policies = settings.policies
     app.state.jobs = job_store
     app.state.queue = queue
     app.state.decoder = decoder

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from services.common.settings import CommonSettings, Port
+from services.common.settings import Port, RewardModelSettings, TeacherSettings
 
 
-class GatewaySettings(CommonSettings):
+class GatewaySettings(RewardModelSettings, TeacherSettings):
     gateway_port: Port = 8000
     decoder_url: str = Field(
         default="http://127.0.0.1:8001", description="where completions are made; several, separated by commas, share the work"

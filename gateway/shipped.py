@@ -8,7 +8,7 @@ from pathlib import Path
 from services.common.settings import CommonSettings
 from sipo.errors import InvalidRequest
 from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
-from sipo.policies import BaseModelRef, Draft, Manifest, PolicySet, PolicyStore
+from sipo.policies import BaseModelRef, Draft, Manifest, PolicySet
 
 FOLDER = Path(str(files("sipo"))) / "data" / "policies" / "demo"
 
@@ -21,7 +21,7 @@ def publish_shipped(settings: CommonSettings) -> PolicySet:
     if settings.model != BUNDLED_MODEL:
         raise InvalidRequest(f"the shipped policies belong to {BUNDLED_MODEL}: leave SIPO_MODEL unset, or give your own data")
     shipped = Manifest.model_validate_json((FOLDER / "manifest.json").read_text())
-    store = PolicyStore(settings.data_dir / "policies")
+    store = settings.policies
     base = resolve_model(settings.model, settings.cache_dir)
     here = BaseModelRef(name=settings.model, sha256=model_sha256(base, settings.cache_dir))
     for known in store.sets():

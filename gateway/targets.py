@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sipo.errors import InvalidWeights, NotFound
-from sipo.policies import BASE, PolicySet, PolicyStore
-from sipo.preferences import Weights, normalize_weights, parse_weights
+from sipo.policies import PolicySet, PolicyStore
+from sipo.preferences import BASE, Weights, normalize_weights, parse_weights
 
 
 @dataclass(frozen=True)

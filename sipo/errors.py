@@ -10,7 +10,7 @@ SipoError
 ├── TrainingFailed            500  a training run ended without a policy
 └── Unavailable               503  nothing is wrong with the request: the same one may work later
 
-Services turn them into HTTP in one place (services.common.app); queue consumers record `code` and the message.
+Services turn them into HTTP in one place (services.common.web.app); queue consumers record `code` and the message.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sipo.errors import IncompatiblePolicy
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTABLE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers that an adapter may change, by the last part of their name."""
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
@@ -51,7 +51,8 @@ class StackedLora:
 
 
 def load_adapter(folder: Path) -> LoraAdapter:
-    """Reads a PEFT LoRA adapter. Raises IncompatiblePolicy, saying why, for anything that is not a plain LoRA on TARGETS."""
+    """Reads a PEFT LoRA adapter. Raises IncompatiblePolicy, saying why, for anything that is not a plain LoRA on
+    ADAPTABLE_MODULES."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -71,8 +72,8 @@ def load_adapter(folder: Path) -> LoraAdapter:
     modules: dict[str, tuple[Tensor, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if not match or match["module"].rpartition(".")[2] not in TARGETS:
-            raise IncompatiblePolicy(f"{folder} changes {key}: only {', '.join(TARGETS)} can be changed")
+        if not match or match["module"].rpartition(".")[2] not in ADAPTABLE_MODULES:
+            raise IncompatiblePolicy(f"{folder} changes {key}: only {', '.join(ADAPTABLE_MODULES)} can be changed")
         if match["half"] == "A":
             b = tensors[key.replace("lora_A", "lora_B")]
             modules[match["module"]] = (tensor.float(), b.float() * scaling)

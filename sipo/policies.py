@@ -21,18 +21,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, NotFound
 from sipo.files import sync, sync_tree
-from sipo.preferences import Weights, check_objectives, uniform_weights
+from sipo.preferences import BASE, Weights, check_objectives, uniform_weights
 from sipo.prompts import PromptFormat
+from sipo.record import Record
 
 POLICY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 VERSION = re.compile(r"[0-9]{1,9}")
-BASE = "base"
-"""Not a set: the name under which the model without any adapter is asked for."""
-
 ASIDE = ".new-"
 ABANDONED = 3600.0
 """Seconds after which a set that is still aside is nobody's."""
@@ -40,10 +38,6 @@ ABANDONED = 3600.0
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _FOR_PEOPLE = ("README.md", "loss.png")
 """A model card and a loss curve, where there are any."""
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class BaseModelRef(Record):
@@ -70,8 +64,8 @@ class Draft(Record):
     """0 for a first alignment, k for the k-th SIPO round."""
     parent: str | None = None
     data_sha256: str | None = None
-    settings: dict[str, Any] = {}
-    metrics: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={})
+    metrics: dict[str, Any] = Field(default={})
 
 
 class Manifest(Draft):

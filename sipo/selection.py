@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sipo.preferences import Example, ObjectiveName
 
-Rule = Literal[
+RejectionRule = Literal[
     "truncated",
     "empty",
     "duplicate",
@@ -72,6 +72,11 @@ class Filter(BaseModel):
         return self
 
 
+Rewards = dict[str, float]
+"""Of one response, by model: an objective's name for its policy, format_weights(w) for the soup at w, a reward model's name for its
+score."""
+
+
 @dataclass(frozen=True)
 class Rejection:
     """Why a candidate was not chosen.
@@ -80,7 +85,7 @@ class Rejection:
     'duplicate: of response_0'
     """
 
-    rule: Rule
+    rule: RejectionRule
     detail: str = ""
 
     def __str__(self) -> str:
@@ -88,7 +93,7 @@ class Rejection:
 
 
 @dataclass(frozen=True)
-class Response:
+class CandidateText:
     """A candidate as far as screening sees it. `truncated`: it was cut off, its end is not its own."""
 
     text: str
@@ -125,7 +130,9 @@ Scored = Mapping[str, float] | Rejection
 """A candidate: its rewards by name, or the Rejection that it already has."""
 
 
-def screen(originals: Sequence[str], candidates: Sequence[Response], *, keep_truncated: bool = False) -> list[Rejection | None]:
+def screen(
+    originals: Sequence[str], candidates: Sequence[CandidateText], *, keep_truncated: bool = False
+) -> list[Rejection | None]:
     """What needs no rewards to be rejected: truncated, empty, or the same text as an original or as an earlier candidate.
 
     A rejected truncated candidate does not make a later one a duplicate.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
     from transformers import PreTrainedTokenizerFast
 
-    from tests.decoder import ServedDecoder
+    from support.decoder import ServedDecoder
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -105,7 +105,7 @@ def bundled_base() -> Path:
 @pytest.fixture(scope="session")
 def served_decoder(bundled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDecoder]:
     """The real decoder on the bundled model in float32, for whole sets of random adapters: see ServedDecoder.publish."""
-    from tests.decoder import ServedDecoder
+    from support.decoder import ServedDecoder
 
     with ServedDecoder.start(bundled_base, tmp_path_factory.mktemp("decoder"), SIPO_DECODER_SLEEPS="true") as decoder:
         yield decoder

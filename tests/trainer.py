@@ -13,19 +13,20 @@ import torch
 from redis.asyncio import Redis
 from safetensors.torch import save_file
 
+from services.common.background import end_tasks
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobSpec, JobState
 from services.common.contract.messages import Candidate, PromptDecided, ScoredCandidate
 from services.common.contract.reports import Report
 from services.common.queue import DECISIONS, Consumer, Queue
-from services.common.tasks import end_tasks
 from services.common.web.clients import DecoderClient
 from services.trainer.lifecycle import Lifecycle
-from services.trainer.rounds import REPORT, Stages
+from services.trainer.rounds import Stages
 from sipo.policies import Draft
 from sipo.preferences import Example, uniform_weights
 from sipo.selection import Chosen
 from sipo.training.settings import Measure, Progress, TrainMetrics, TrainSettings, read_run
+from support import PATIENCE
 
 Tell = Callable[[Progress], Awaitable[None]]
 
@@ -119,9 +120,9 @@ async def submit(
     """`total` is the feeder's to tell: None where one runs."""
     settled = JobSpec(policy="demo", objectives=list(objectives), alignment=QUICK, training=QUICK, **spec)
     job = await JobStore(redis).create(settled, total=total)
-    folder = stages.folder(job)
-    await asyncio.to_thread(folder.mkdir, parents=True)
-    (folder / "input.jsonl").write_text("".join(example(row).model_dump_json() + "\n" for row in range(PROMPTS)))
+    files = stages.files(job)
+    await asyncio.to_thread(files.folder.mkdir, parents=True)
+    files.input.write_text("".join(example(row).model_dump_json() + "\n" for row in range(PROMPTS)))
     return job
 
 
@@ -143,7 +144,7 @@ async def trainer(redis: Redis, stages: Stages, decoders: Sequence[DecoderClient
                 await end_tasks(task)
 
 
-async def until(redis: Redis, job: Job, *states: JobState, seconds: float = 30) -> Job:
+async def until(redis: Redis, job: Job, *states: JobState, seconds: float = PATIENCE) -> Job:
     async with asyncio.timeout(seconds):
         while (found := await JobStore(redis).get(job.id)).state not in states:
             assert not found.state.ended, found.error
@@ -152,4 +153,4 @@ async def until(redis: Redis, job: Job, *states: JobState, seconds: float = 30) 
 
 
 def report_of(stages: Stages, job: Job) -> Report:
-    return Report.model_validate_json((stages.folder(job) / REPORT).read_text())
+    return Report.model_validate_json(stages.files(job).report.read_text())

@@ -142,4 +142,4 @@ def soup(
 
 
 def _store() -> PolicyStore:
-    return PolicyStore(load(CommonSettings).data_dir / "policies")
+    return load(CommonSettings).policies

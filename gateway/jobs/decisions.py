@@ -7,8 +7,6 @@ from pathlib import Path
 
 from services.common.contract.messages import PromptDecided
 
-DECISIONS = "decisions.jsonl"  # as the trainer names it
-
 
 def whole_lines(path: Path) -> Iterator[bytes]:
     """None at all where there is no such file yet."""

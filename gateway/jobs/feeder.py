@@ -14,8 +14,9 @@ from pathlib import Path
 import structlog
 from redis.exceptions import RedisError
 
-from gateway.jobs.decisions import DECISIONS, read_decisions
-from gateway.jobs.input import INPUT, chosen_rows
+from gateway.jobs.decisions import read_decisions
+from gateway.jobs.input import chosen_rows
+from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobState
 from services.common.contract.messages import PromptQueued, SamplingPlan
@@ -104,7 +105,7 @@ class Feeder:
         prompts = self._prompts.get((job.id, job.round))
         try:
             if prompts is None:
-                prompts = await asyncio.to_thread(read_prompts, self.folder / job.id, job)
+                prompts = await asyncio.to_thread(read_prompts, JobFiles(self.folder / job.id), job)
             if job.total is None:
                 await self.jobs.update(job.id, of_round=job.round, total=len(prompts))
         except (OSError, ValueError) as error:
@@ -116,13 +117,13 @@ class Feeder:
         return Round(job, sampling_plan(job), prompts, job.counts.queued)
 
 
-def read_prompts(folder: Path, job: Job) -> Prompts:
+def read_prompts(files: JobFiles, job: Job) -> Prompts:
     """What the job's round is made of: the same for whoever reads it whenever, as the decisions of earlier rounds do not change."""
-    with (folder / INPUT).open() as file:
+    with files.input.open() as file:
         examples = [Example.model_validate_json(line) for line in file]
     rows = chosen_rows(job.spec, examples)
     if job.round > 1 and job.spec.round_prompts == "unresolved":
-        decisions = read_decisions(folder / DECISIONS)
+        decisions = read_decisions(files.decisions)
         resolved = {int(one.prompt) for one in decisions if one.round < job.round and one.outcome == "accepted"}
         rows = [row for row in rows if row not in resolved]
     return [(row, examples[row]) for row in rows]

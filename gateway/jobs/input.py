@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from services.common.contract.job_files import JobFiles
 from services.common.contract.jobs import JobSpec
 from sipo.errors import Conflict, InvalidRequest
-from sipo.policies import BASE, PolicySet, PolicyStore
-from sipo.preferences import Example, check_objectives, normalize_weights
+from sipo.policies import PolicySet, PolicyStore
+from sipo.preferences import BASE, Example, check_objectives, normalize_weights
 
 
 def settle_spec(
@@ -135,11 +136,11 @@ def chosen_rows(spec: JobSpec, examples: Sequence[Example]) -> list[int]:
 
 
 def store_input(folder: Path, examples: Iterable[Example]) -> None:
-    """Writes `folder`/input.jsonl: the folder appears whole or not at all."""
+    """Writes the input of the job in `folder`, which appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
     try:
-        with (aside / INPUT).open("w") as file:
+        with JobFiles(aside).input.open("w") as file:
             file.writelines(f"{example.model_dump_json()}\n" for example in examples)
             file.flush()
             os.fsync(file.fileno())
@@ -148,6 +149,3 @@ def store_input(folder: Path, examples: Iterable[Example]) -> None:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-INPUT = "input.jsonl"

@@ -20,9 +20,10 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.datastructures import UploadFile
 
-from gateway.jobs.decisions import DECISIONS, read_decisions, whole_lines
+from gateway.jobs.decisions import read_decisions, whole_lines
 from gateway.jobs.input import settle_spec, store_input
 from gateway.settings import GatewaySettings
+from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job, JobStore, new_job_id
 from services.common.contract.jobs import JobSpec
 from sipo.datasets import read_lines
@@ -33,7 +34,6 @@ from sipo.selection import pareto_pairs
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 JSONL = "application/jsonl"
-REPORT = "report.json"  # as the trainer names it
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -122,21 +122,21 @@ async def get_pairs(job: str, request: Request) -> Response:
 
     Then round, and objective where a pair is for one only.
     """
-    decisions = await _artifact(request, job, DECISIONS)
-    return StreamingResponse(_pairs(decisions), media_type=JSONL)
+    files = await _files(request, job)
+    return StreamingResponse(_pairs(files.decisions), media_type=JSONL)
 
 
 @router.get("/{job}/candidates", response_class=StreamingResponse)
 async def get_candidates(job: str, request: Request) -> Response:
     """The decisions so far, as JSONL: per prompt and round all candidates with their rewards and why they were rejected."""
-    decisions = await _artifact(request, job, DECISIONS)
-    return StreamingResponse(whole_lines(decisions), media_type=JSONL)
+    files = await _files(request, job)
+    return StreamingResponse(whole_lines(files.decisions), media_type=JSONL)
 
 
 @router.get("/{job}/report", response_class=FileResponse)
 async def get_report(job: str, request: Request) -> Response:
     """What the job came to so far, round by round, as JSON."""
-    report = await _artifact(request, job, REPORT)
+    report = (await _files(request, job)).report
     if not report.is_file():
         raise NotFound(f"{job} has no report yet: it is written when every prompt of the first round is decided")
     return FileResponse(report, media_type="application/json")
@@ -149,12 +149,12 @@ def _jobs(request: Request) -> JobStore:
 
 def _folder(request: Request, job: str) -> Path:
     settings: GatewaySettings = request.app.state.settings
-    return settings.data_dir / "jobs" / job
+    return settings.jobs_dir / job
 
 
-async def _artifact(request: Request, job: str, name: str) -> Path:
+async def _files(request: Request, job: str) -> JobFiles:
     known = await _jobs(request).get(job)  # so that no path is made of what a caller wrote
-    return _folder(request, known.id) / name
+    return JobFiles(_folder(request, known.id))
 
 
 def _parse(model: type[M], text: str | bytes, param: str = "") -> M:

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from gateway.targets import resolve_target
-from sipo.policies import BASE, PolicySet, PolicyStore
-from sipo.preferences import Weights
+from sipo.policies import PolicySet, PolicyStore
+from sipo.preferences import BASE, Weights
 
 router = APIRouter(tags=["models"])
 

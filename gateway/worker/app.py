@@ -15,12 +15,11 @@ from services.common.contract.messages import PromptQueued
 from services.common.queue import CANDIDATES, PROMPTS, Consumer, Delivery, consuming, each, unanswered
 from services.common.web import app as common
 from services.common.web.clients import DecoderClient, ReviewerClient, TeacherClient
-from sipo.policies import PolicyStore
 
 
 def create_app(settings: WorkerSettings, redis: Redis, decoder: DecoderClient, reviewer: ReviewerClient) -> FastAPI:
     teachers = {name: TeacherClient(name, teacher) for name, teacher in settings.teachers.items()}
-    generator = Generator(decoder, reviewer, PolicyStore(settings.data_dir / "policies"), teachers)
+    generator = Generator(decoder, reviewer, settings.policies, teachers)
 
     async def make_candidates(delivery: Delivery[PromptQueued]) -> None:
         await delivery.done(CANDIDATES, await generator.generate(delivery.message), counts={"sampled": 1})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from services.common.settings import CommonSettings, Port
+from services.common.settings import Port, TeacherSettings
 
 
-class WorkerSettings(CommonSettings):
+class WorkerSettings(TeacherSettings):
     worker_port: Port = 8005
     decoder_url: str = Field(
         default="http://127.0.0.1:8001", description="where responses are sampled; several, separated by commas, share the work"

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from sipo.policies import PolicyStore
 from sipo.preferences import ObjectiveName
 
 PREFIX = "SIPO_"
@@ -49,20 +50,39 @@ class CommonSettings(BaseSettings):
         default="redis://127.0.0.1:6390", pattern=r"^(rediss?|unix)://", description="Redis 7 or Valkey 8, or newer"
     )
     model: str = Field(default="smollm2-135m", min_length=1, description="base model: bundled name, folder or hub name")
+    decoder_sleeps: bool = Field(
+        default=False, description="the decoder gives its GPU's memory up while policies are trained, and answers nothing meanwhile"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def policies(self) -> PolicyStore:
+        return PolicyStore(self.data_dir / "policies")
+
+    @property
+    def jobs_dir(self) -> Path:
+        """A folder per job: see services.common.contract.job_files."""
+        return self.data_dir / "jobs"
+
+
+class RewardModelSettings(CommonSettings):
+    """Of those that choose among external reward models or ask them."""
+
     reward_models: dict[ObjectiveName, str] = Field(
         default={},
         description="external reward models that a job's filter may name, as JSON: "
         '{"safety": "hf:FOLDER_OR_HUB_NAME", "quality": "http://HOST/score", "brevity": "python:ENTRY_POINT"}',
     )
+
+
+class TeacherSettings(CommonSettings):
+    """Of those that choose among teachers or ask them: their keys are nobody else's business."""
+
     teachers: dict[ObjectiveName, Teacher] = Field(
         default={},
         description="endpoints that a job may ask for candidates as well, as JSON: "
         '{"big": {"url": "https://HOST/v1", "model": "NAME", "api_key": "KEY"}}',
     )
-    decoder_sleeps: bool = Field(
-        default=False, description="the decoder gives its GPU's memory up while policies are trained, and answers nothing meanwhile"
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 S = TypeVar("S", bound=CommonSettings)

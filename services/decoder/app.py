@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.common.background import begin
 from services.common.web.app import create_app as create_common_app
 from services.decoder.choice import Choice, ChoiceFields, Chooser
 from services.decoder.residency import Loader, ResidentSets
@@ -26,7 +25,6 @@ from services.decoder.sleeping import Sleeper, Sleeps, State, refusal
 from sipo.decoding.request import EXTRA_ARG
 from sipo.errors import Conflict, InvalidRequest, Unavailable
 from sipo.models import model_sha256, resolve_model
-from sipo.policies import PolicyStore
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +63,7 @@ def create_app(settings: DecoderSettings, open_engine: OpenEngine) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(_run_engine(app, settings, open_engine))
+        running = begin(_run_engine(app, settings, open_engine))
         yield
         running.cancel()
         await asyncio.wait([running])
@@ -108,7 +106,7 @@ class Decoder:
         self.served_name = settings.model
         self.residents = ResidentSets(engine, settings.decoder_sets)
         self.sleeper = Sleeper(engine, self.residents, settings.decoder_drain_seconds)
-        store = PolicyStore(settings.data_dir / "policies")
+        store = settings.policies
         self.chooser = Chooser(store, settings, base_sha256)
 
 
@@ -144,9 +142,6 @@ async def _run_engine(app: FastAPI, settings: DecoderSettings, open_engine: Open
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_watch(engine))
                 tasks.create_task(decoder.sleeper.run())
-    except Exception:
-        log.exception("the engine failed")
-        os.kill(os.getpid(), signal.SIGTERM)
     finally:
         app.state.decoder = None
 

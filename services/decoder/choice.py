@@ -11,9 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from services.decoder.residency import resident_key
 from services.decoder.settings import DecoderSettings
 from sipo.decoding.request import (
-    BASE,
     LINEAR,
-    MOD,
     REVERSE_KL,
     Entry,
     Mixture,
@@ -24,7 +22,7 @@ from sipo.decoding.request import (
 )
 from sipo.errors import InvalidRequest
 from sipo.policies import PolicySet, PolicyStore
-from sipo.preferences import parse_weights
+from sipo.preferences import BASE, MOD, parse_weights
 
 
 class ChoiceFields(BaseModel):

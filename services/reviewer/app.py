@@ -18,7 +18,7 @@ from services.common.web import app as common
 from services.common.web.clients import JOB_PRIORITY, Completion, DecoderClient
 from services.reviewer.settings import ReviewerSettings
 from sipo.models import resolve_model
-from sipo.policies import PolicySet, PolicyStore
+from sipo.policies import PolicySet
 from sipo.preferences import ObjectiveName, SamplingMode, Weights, normalize_weights
 from sipo.refinement import Task, TemplateBook
 
@@ -67,7 +67,7 @@ class Reviewer:
     def __init__(self, settings: ReviewerSettings, decoder: DecoderClient) -> None:
         self.decoder = decoder
         self.templates = TemplateBook(settings.reviewer_templates)
-        self._policies = PolicyStore(settings.data_dir / "policies")
+        self._policies = settings.policies
         self.tokenizer = cache(lambda: _load_tokenizer(settings))
 
     async def review(self, request: ReviewRequest) -> Review:

@@ -15,13 +15,14 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from redis.asyncio import Redis
 
-from services.common.contract.messages import PromptSampled, Rewards
+from services.common.contract.messages import PromptSampled
 from services.common.queue import CANDIDATES, DECISIONS, Consumer, Delivery, consuming, each, unanswered
 from services.common.web import app as common
 from services.scorer.scoring import Asked, Given, Scorer, as_failed
 from services.scorer.settings import ScorerSettings
 from sipo.errors import SipoError
 from sipo.preferences import Weights, format_weights
+from sipo.selection import Rewards
 
 MAX_RESPONSES = 16384
 JSONL = "application/jsonl"

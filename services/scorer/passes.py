@@ -16,7 +16,7 @@ from typing import Self
 
 from prometheus_client import Histogram
 
-from services.common.tasks import end_tasks
+from services.common.background import begin, end_tasks
 from sipo.preferences import Weights
 from sipo.rewards import Group, RewardModel, Rewards
 
@@ -51,7 +51,7 @@ class Passes:
 
     async def __aenter__(self) -> Self:
         self.model = await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
-        self._task = asyncio.create_task(self._run())
+        self._task = begin(self._run())
         return self
 
     async def __aexit__(self, *_: object) -> None:

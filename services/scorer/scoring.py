@@ -14,18 +14,17 @@ import structlog
 import torch
 from transformers import AutoTokenizer
 
-from services.common.contract.messages import Candidate, PromptDecided, PromptSampled, Rewards, ScoredCandidate
+from services.common.contract.messages import Candidate, PromptDecided, PromptSampled, ScoredCandidate
 from services.common.queue import DECISIONS
 from services.scorer.passes import Passes
 from services.scorer.settings import ScorerSettings
 from sipo.errors import InvalidRequest, NotFound, SipoError
 from sipo.evaluation.reward_models import RewardFunction, open_reward_model
 from sipo.models import model_sha256, resolve_model
-from sipo.policies import PolicyStore
 from sipo.preferences import Weights, normalize_weights
 from sipo.prompts import PromptFormat
 from sipo.rewards import Group, RewardModel, per_token
-from sipo.selection import Chosen, Rejection, Response, Scored, keep_rewrites, screen, select
+from sipo.selection import CandidateText, Chosen, Rejection, Rewards, Scored, keep_rewrites, screen, select
 
 log = structlog.get_logger(__name__)
 
@@ -105,7 +104,7 @@ class Scorer:
         """The job's filter (Eq. 7) on one prompt. Raises SipoError or ValueError if it cannot be decided."""
         queued = sampled.queued
         example, plan, by = queued.example, queued.plan, queued.plan.filter
-        texts = [Response(one.text, truncated=one.finish_reason != "stop") for one in sampled.candidates]
+        texts = [CandidateText(one.text, truncated=one.finish_reason != "stop") for one in sampled.candidates]
         rejections = screen((example.response_0, example.response_1), texts, keep_truncated=by.keep_truncated)
         if by.implicit:
             rejections = await asyncio.to_thread(self._refuse_unscorable, sampled, rejections)
@@ -184,7 +183,7 @@ def _load(settings: ScorerSettings) -> RewardModel:
     folder = resolve_model(settings.model, settings.cache_dir)
     return RewardModel.load(
         folder,
-        PolicyStore(settings.data_dir / "policies"),
+        settings.policies,
         base_sha256=model_sha256(folder, settings.cache_dir),
         device=settings.scorer_device,
         keep=settings.scorer_resident_sets,

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from services.common.settings import CommonSettings, Port
+from services.common.settings import Port, RewardModelSettings
 
 
-class ScorerSettings(CommonSettings):
+class ScorerSettings(RewardModelSettings):
     scorer_port: Port = 8003
     scorer_device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU if there is one")
     scorer_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="CPU threads; default: all cores")

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-import structlog
 from fastapi import FastAPI
 from redis.asyncio import Redis
 
+from services.common.background import beside
 from services.common.contract.job_store import JobStore
 from services.common.contract.messages import PromptDecided
 from services.common.local.training import launch_command
 from services.common.queue import DECISIONS, Consumer, unanswered
-from services.common.tasks import end_tasks
 from services.common.web import app as common
 from services.trainer.decoders import decoder_clients
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Base, Stages
 from services.trainer.settings import TrainerSettings
 from sipo.models import model_sha256, resolve_model
-from sipo.policies import BaseModelRef, PolicyStore
+from sipo.policies import BaseModelRef
 from sipo.prompts import PromptFormat
 
-log = structlog.get_logger(__name__)
-
-LEASE = "trainer"
+TRAINER_LEASE = "trainer"
 BATCH = 64
 
 
@@ -47,10 +43,10 @@ def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float 
     async def work() -> None:
         base = await asyncio.to_thread(open_base, settings)
         command = launch_command(settings.trainer_accelerate, gpu_memory=settings.trainer_gpu_memory)
-        stages = Stages(base, PolicyStore(settings.data_dir / "policies"), settings.data_dir / "jobs", command)
+        stages = Stages(base, settings.policies, settings.jobs_dir, command)
         jobs = JobStore(redis)
         state["waiting"] = "another trainer holds the lease"
-        async with AsyncExitStack() as stack, jobs.lease(LEASE, lease_seconds) as lease:
+        async with AsyncExitStack() as stack, jobs.lease(TRAINER_LEASE, lease_seconds) as lease:
             clients = decoder_clients(settings.decoder_url) if settings.decoder_sleeps else []
             decoders = [await stack.enter_async_context(client) for client in clients]
             lifecycle = Lifecycle(stages, jobs, lease, decoders)
@@ -60,20 +56,12 @@ def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float 
                 await lifecycle.run()
         raise RuntimeError("the lease was lost")
 
-    def end_process(task: asyncio.Task[None]) -> None:
-        # A trainer that works no more must not look alive: whoever started it starts it again.
-        if not task.cancelled() and (error := task.exception()):
-            log.critical("the trainer stops", exc_info=error)
-            signal.raise_signal(signal.SIGTERM)
-
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(work())
-        task.add_done_callback(end_process)
         try:
-            yield
+            async with beside(work()):
+                yield
         finally:
-            await end_tasks(task)
             await redis.aclose()
 
     async def ready() -> str | None:

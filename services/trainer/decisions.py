@@ -1,4 +1,4 @@
-"""The decisions of each job on disk: <jobs>/<id>/decisions.jsonl, appended, synced, and only then acknowledged to the queue.
+"""The decisions of each job on disk, in its decisions.jsonl: appended, synced, and only then acknowledged to the queue.
 
 One writer at a time (the trainer holds a lease), any number of readers. A prompt has one line; a prompt that failed and was decided
 later has two, and the last one counts.
@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from services.common.contract.job_files import JobFiles
 from services.common.contract.messages import PromptDecided
 from sipo.errors import Conflict, NotFound
 from sipo.files import sync
-
-DECISIONS = "decisions.jsonl"
 
 Outcome = Literal["accepted", "none", "failed"]
 
@@ -27,7 +26,7 @@ class DecisionLog:
         """Opens the log of the job in `folder`; a last line that a crash left unfinished is cut off: it was never acknowledged."""
         if not folder.is_dir():
             raise NotFound(f"there is no job folder {folder}: its decisions have no place")
-        self.path = folder / DECISIONS
+        self.path = JobFiles(folder).decisions
         self.outcomes: dict[tuple[int, str], Outcome] = {}
         if self.path.exists():
             _cut_torn_line(self.path)

@@ -9,24 +9,24 @@ from contextlib import asynccontextmanager
 import httpx
 import structlog
 
-from services.common.tasks import end_tasks
+from services.common.background import begin, end_tasks
 from services.common.web.clients import DecoderClient
 from sipo.errors import Conflict, SipoError, Unavailable
 
 log = structlog.get_logger(__name__)
 
-LEASE = 60.0
+SLEEP_SECONDS = 60.0
 """Seconds after which a decoder that nobody asks any more wakes: the trainer was killed, and its training with it."""
-RENEW = 10.0
+ASK_AGAIN_SECONDS = 10.0
 """Seconds between two times that they are asked."""
-POLL = 1.0
+DRAIN_POLL_SECONDS = 1.0
 """The same while they do not sleep yet."""
-TIMEOUT = httpx.Timeout(5)
+ANSWER_TIMEOUT = httpx.Timeout(5)
 
 
 def decoder_clients(urls: str) -> list[DecoderClient]:
     """One for each of `urls`, which are separated by commas."""
-    return [DecoderClient(url.strip(), timeout=TIMEOUT) for url in urls.split(",")]
+    return [DecoderClient(url.strip(), timeout=ANSWER_TIMEOUT) for url in urls.split(",")]
 
 
 @asynccontextmanager
@@ -41,8 +41,8 @@ async def asleep(decoders: Sequence[DecoderClient], lost: asyncio.Event) -> Asyn
         if not await _all_asleep(decoders):
             log.info("training waits until the decoders sleep: what they are answering ends first")
             while not await _all_asleep(decoders):  # noqa: ASYNC110, they are in other processes
-                await asyncio.sleep(POLL)
-        renewing = [asyncio.create_task(_keep_asleep(decoder)) for decoder in decoders]
+                await asyncio.sleep(DRAIN_POLL_SECONDS)
+        renewing = [begin(_keep_asleep(decoder)) for decoder in decoders]
         yield
     finally:
         await end_tasks(*renewing)
@@ -57,7 +57,7 @@ async def _all_asleep(decoders: Sequence[DecoderClient]) -> bool:
 async def _asleep(decoder: DecoderClient) -> bool:
     """Asks it to sleep; True if it holds no memory."""
     try:
-        return await decoder.sleep(LEASE) == "asleep"
+        return await decoder.sleep(SLEEP_SECONDS) == "asleep"
     except Unavailable as error:
         away = isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
         if away:
@@ -73,7 +73,7 @@ async def _asleep(decoder: DecoderClient) -> bool:
 async def _keep_asleep(decoder: DecoderClient) -> None:
     """Until cancelled. What goes wrong now is no reason to give a training up: it has the memory, or notices that it has not."""
     while True:
-        await asyncio.sleep(RENEW)
+        await asyncio.sleep(ASK_AGAIN_SECONDS)
         try:
             if not await _asleep(decoder):
                 log.warning("a decoder does not sleep during a training", url=decoder.url)

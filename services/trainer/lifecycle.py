@@ -14,21 +14,22 @@ from typing import Any
 import structlog
 from redis.exceptions import RedisError
 
+from services.common.background import end_tasks
+from services.common.contract.job_files import ARTIFACTS
 from services.common.contract.job_store import Job, JobStore, Lease
 from services.common.contract.jobs import JobState
 from services.common.contract.messages import PromptDecided
 from services.common.queue import Delivery
-from services.common.tasks import end_tasks
 from services.common.web.clients import DecoderClient
-from services.trainer.decisions import DECISIONS, DecisionLog
+from services.trainer.decisions import DecisionLog
 from services.trainer.decoders import asleep
-from services.trainer.rounds import REPORT, Stages, why_not_trainable
+from services.trainer.rounds import Stages, why_not_trainable
 from sipo.errors import Conflict, SipoError, Unavailable
 from sipo.training.settings import Progress
 
 log = structlog.get_logger(__name__)
 
-POLL = 0.5
+JOBS_POLL_SECONDS = 0.5
 """Seconds between looks at the jobs."""
 
 
@@ -61,7 +62,7 @@ class Lifecycle:
                         del following[job.id]
                     if job.id not in following and not job.state.ended:
                         following[job.id] = asyncio.create_task(self._follow_safely(job))
-                await asyncio.sleep(POLL)
+                await asyncio.sleep(JOBS_POLL_SECONDS)
         finally:
             await end_tasks(*following.values())
 
@@ -125,7 +126,7 @@ class Lifecycle:
             reward_set=published if spec.reward_set == "latest" else job.reward_set,
             policy_set=published,
             progress={},
-            artifacts=ARTIFACTS,
+            artifacts=dict(ARTIFACTS),
         )
 
     async def _complete(
@@ -136,7 +137,7 @@ class Lifecycle:
         if activated is not None:
             await asyncio.to_thread(self.stages.store.activate, activated)
         await asyncio.to_thread(self.stages.report, job, decisions, activated=activated is not None, reason=reason)
-        return await self._advance(job, JobState.COMPLETED, policy_set=policy_set, reason=reason, artifacts=ARTIFACTS)
+        return await self._advance(job, JobState.COMPLETED, policy_set=policy_set, reason=reason, artifacts=dict(ARTIFACTS))
 
     async def _start(self, job: Job) -> Job:
         sets = await asyncio.to_thread(self.stages.starting_sets, job)
@@ -155,7 +156,7 @@ class Lifecycle:
                 decided = (await self._log(job.id)).decided(job.round)
             if job.total is not None and decided >= job.total:
                 break
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(JOBS_POLL_SECONDS)
         decisions = await self._decisions(job)
         if job.spec.stop_after == "pairs" and any(decision.outcome == "accepted" for decision in decisions):
             return await self._complete(job, decisions, None)
@@ -165,7 +166,7 @@ class Lifecycle:
             return await self._complete(job, decisions, job.policy_set, reason)
         await asyncio.to_thread(self.stages.report, job, decisions, reason=reason)
         if reason:
-            return await self._advance(job, JobState.FAILED, error=reason, artifacts=ARTIFACTS)
+            return await self._advance(job, JobState.FAILED, error=reason, artifacts=dict(ARTIFACTS))
         return await self._advance(job, JobState.TRAINING)
 
     async def _follow_safely(self, job: Job) -> None:
@@ -240,6 +241,3 @@ class Lifecycle:
 
 def _closed(job: Job, round_: int) -> bool:
     return round_ < job.round or job.state not in (JobState.QUEUED, JobState.ALIGNING, JobState.GENERATING)
-
-
-ARTIFACTS = {"decisions": DECISIONS, "report": REPORT}

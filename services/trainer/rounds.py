@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job
 from services.common.contract.messages import PromptDecided
 from services.common.contract.reports import Funnel, GroundTruth, Report, RoundReport
@@ -27,9 +28,6 @@ from sipo.preferences import Example
 from sipo.prompts import PromptFormat
 from sipo.training.data import ChosenResponse, Design, TrainingPair, alignment_pairs, pareto_rows
 from sipo.training.settings import ADAPTER, METRICS, PAIRS, Progress, TrainMetrics, TrainRun, TrainSettings, write_run
-
-INPUT = "input.jsonl"
-REPORT = "report.json"
 
 ADVICE = {
     "worse_than_original": "more samples_per_weight or another temperature gives more to choose from",
@@ -77,13 +75,13 @@ class Stages:
         objectives = job.spec.objectives
         assert objectives, "the gateway settles the objectives of a job without policies"
         settings = job.spec.alignment.model_copy(update={"alpha": 0.0})
-        with (self.folder(job) / INPUT).open() as file:
+        with self.files(job).input.open() as file:
             examples = [Example.model_validate_json(line) for line in file]
         metrics = {}
         for objective in objectives:
             run = self._run(objective, settings, self.base.prompt_format, start=None)
             metrics[objective] = await self._train(
-                self.run_folder(job, 0, objective), run, alignment_pairs(examples, objective), tell
+                self.files(job).training_run(0, objective), run, alignment_pairs(examples, objective), tell
             )
         return self._publish(job, 0, objectives, settings, metrics=metrics, parent=None)
 
@@ -95,7 +93,7 @@ class Stages:
         for objective in start.objectives:
             pairs = pareto_pairs_of(decisions, objective, job.spec.preferences)
             run = self._run(objective, job.spec.training_for(objective), start.manifest.prompt_format, start.adapter_dir(objective))
-            await self._train(self.run_folder(job, job.round, objective), run, pairs, tell)
+            await self._train(self.files(job).training_run(job.round, objective), run, pairs, tell)
 
     def publish(self, job: Job) -> PolicySet:
         """The round's policies as a new version; once, however often this is called."""
@@ -112,7 +110,7 @@ class Stages:
         What it says of the rounds before is taken over from that file, which is on disk before a job goes on to its next round.
         """
         assert job.sampling_set is not None and job.reward_set is not None
-        objectives, path = self.objectives(job), self.folder(job) / REPORT
+        objectives, path = self.objectives(job), self.files(job).report
         before = Report.model_validate_json(path.read_text()).rounds[: job.round - 1] if job.round > 1 else []
         published = self.published(job, job.round)
         this = RoundReport(
@@ -142,16 +140,12 @@ class Stages:
         assert job.sampling_set is not None
         return self.store.get(job.sampling_set).objectives
 
-    def folder(self, job: Job) -> Path:
-        return self.jobs_dir / job.id
-
-    def run_folder(self, job: Job, round_: int, objective: str) -> Path:
-        """Round 0 is the first alignment."""
-        return self.folder(job) / f"round-{round_}" / objective
+    def files(self, job: Job) -> JobFiles:
+        return JobFiles(self.jobs_dir / job.id)
 
     def metrics(self, job: Job, round_: int, objectives: Iterable[str]) -> dict[str, TrainMetrics]:
         """Of the runs that are finished."""
-        paths = {objective: self.run_folder(job, round_, objective) / METRICS for objective in objectives}
+        paths = {objective: self.files(job).training_run(round_, objective) / METRICS for objective in objectives}
         return {name: TrainMetrics.model_validate_json(path.read_text()) for name, path in paths.items() if path.exists()}
 
     def untrained(self, job: Job, round_: int) -> bool:
@@ -195,7 +189,7 @@ class Stages:
         metrics: dict[str, TrainMetrics],
         parent: PolicySet | None,
     ) -> PolicySet:
-        folders = {objective: self.run_folder(job, round_, objective) for objective in objectives}
+        folders = {objective: self.files(job).training_run(round_, objective) for objective in objectives}
         spec, data = job.spec, hashlib.sha256()
         how = {"method": "sipo", "mode": spec.mode, "preferences": spec.preferences} if parent else {"method": "dpo"}
         rates = {name: (spec.training_for(name) if parent else settings).learning_rate for name in objectives}

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from sipo.decoding.request import Rule
+from sipo.decoding.request import MixingRule
 
 SMALL = -15.0
 """Below this logarithm log(1 + e^d) and e^s - 1 equal their first-order terms in float32; used where the terms underflow."""
 
 
-def mix(rule: Rule, log_probs: Tensor, weights: Tensor, alpha: float | None = None) -> Tensor:
+def mix(rule: MixingRule, log_probs: Tensor, weights: Tensor, alpha: float | None = None) -> Tensor:
     """The rule of that name; for Jensen-Shannon the first of the policies, of weight 0, is the reference."""
     match rule:
         case "reverse_kl":

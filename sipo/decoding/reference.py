@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from sipo.decoding.mixing import mix
-from sipo.decoding.request import BASE, LINEAR, REVERSE_KL, Rule
-from sipo.preferences import normalize_weights
+from sipo.decoding.request import LINEAR, REVERSE_KL, MixingRule
+from sipo.preferences import BASE, normalize_weights
 
 
 class ReferenceDecoder:
@@ -36,7 +36,7 @@ class ReferenceDecoder:
         weights: Mapping[str, float],
         *,
         max_tokens: int,
-        rule: Rule = REVERSE_KL,
+        rule: MixingRule = REVERSE_KL,
         alpha: float | None = None,
         end_token_ids: Sequence[int] = (),
         temperature: float = 0.0,
@@ -64,12 +64,12 @@ class ReferenceDecoder:
 
     @torch.inference_mode()
     def next_log_probs(
-        self, token_ids: Sequence[int], weights: Mapping[str, float], rule: Rule = REVERSE_KL, alpha: float | None = None
+        self, token_ids: Sequence[int], weights: Mapping[str, float], rule: MixingRule = REVERSE_KL, alpha: float | None = None
     ) -> Tensor:
         """The mixture's log-probabilities [vocabulary] of the token after these."""
         return self._steps(weights, rule, alpha)(token_ids)
 
-    def _steps(self, weights: Mapping[str, float], rule: Rule, alpha: float | None) -> Callable[[Sequence[int]], Tensor]:
+    def _steps(self, weights: Mapping[str, float], rule: MixingRule, alpha: float | None) -> Callable[[Sequence[int]], Tensor]:
         """A function from the tokens that it has not seen yet to the mixture's log-probabilities [vocabulary] after them."""
         w = dict(weights) if rule == LINEAR else normalize_weights(weights, self.objectives)
         if rule == "jensen_shannon":

@@ -15,18 +15,16 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sipo.errors import InvalidRequest
-from sipo.preferences import MODES, Weights, normalize_weights, one_hot_weights, uniform_weights
+from sipo.preferences import BASE, MOD, SOUP, Weights, normalize_weights, one_hot_weights, uniform_weights
 
 EXTRA_ARG = "sipo"
 """The key in vLLM's SamplingParams.extra_args (vllm_xargs in HTTP bodies) under which a Mixture travels, as JSON."""
 
-MOD, SOUP, BASE = MODES
-
-Rule = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "linear"]
+MixingRule = Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "linear"]
 """How policies are mixed: each is a function of that name in sipo.decoding.mixing."""
 
-REVERSE_KL: Rule = "reverse_kl"
-LINEAR: Rule = "linear"
+REVERSE_KL: MixingRule = "reverse_kl"
+LINEAR: MixingRule = "linear"
 
 
 class Entry(BaseModel):
@@ -55,7 +53,7 @@ class Mixture(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     entries: tuple[Entry, ...] = Field(min_length=1)
-    rule: Rule = REVERSE_KL
+    rule: MixingRule = REVERSE_KL
     alpha: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
@@ -144,7 +142,7 @@ def check_coefficients(coefficients: Mapping[str, Any], limit: float) -> None:
 
 
 def _check_mixing(mode: str, rule: str, alpha: float | None) -> None:
-    rules = get_args(Rule)
+    rules = get_args(MixingRule)
     if rule not in rules:
         raise InvalidRequest(f"unknown mixing {rule!r}: it is one of {', '.join(rules)}", param="mixing")
     if rule == LINEAR:

@@ -10,7 +10,8 @@ its prompt and itself. So there is no padding, and no response can change anothe
 Token ids in, rewards out: prompt formats, queues and HTTP are the caller's business.
 """
 
-from sipo.rewards.model import RewardModel, Rewards, per_token
+from sipo.rewards.model import RewardModel, per_token
 from sipo.rewards.packing import Group
+from sipo.selection import Rewards
 
 __all__ = ["Group", "RewardModel", "Rewards", "per_token"]

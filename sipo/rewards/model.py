@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest
-from sipo.lora import TARGETS, StackedLora, load_adapter, stack
+from sipo.lora import ADAPTABLE_MODULES, StackedLora, load_adapter, stack
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights, format_weights, normalize_weights, one_hot_weights
 from sipo.rewards.packing import Group, Packing, rows_of
-
-Rewards = dict[str, float]
-"""By model: an objective's name for its policy, format_weights(w) for the soup at w."""
+from sipo.selection import Rewards
 
 TOKEN_BUDGETS = {"cpu": 1024, "cuda": 16384}
 """Tokens in one pass by default. A CPU is fastest where a pass stays in its cache, a GPU where it has enough to do."""
@@ -53,7 +51,7 @@ class StackedLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class ResidentSet:
+class StackedSet:
     """A policy set ready for scoring: the stack of each module that its adapters change, on the model's device."""
 
     policy_set: PolicySet
@@ -73,7 +71,7 @@ class RewardModel:
         self.base_sha256 = base_sha256
         self.keep = keep
         self.token_budget = token_budget or TOKEN_BUDGETS[model.device.type]
-        self._resident: OrderedDict[str, ResidentSet] = OrderedDict()
+        self._resident: OrderedDict[str, StackedSet] = OrderedDict()
         self._model = model.eval().requires_grad_(False)
         self._linears = _wrap_linears(model)
         config = model.config
@@ -151,7 +149,7 @@ class RewardModel:
         left = iter(rewards)
         return [[next(left) for _ in group.responses] for group in groups]
 
-    def _load(self, reference: str) -> ResidentSet:
+    def _load(self, reference: str) -> StackedSet:
         policy_set = self.store.get(reference)
         if policy_set.id in self._resident:
             self._resident.move_to_end(policy_set.id)
@@ -169,7 +167,7 @@ class RewardModel:
         }
         while len(self._resident) >= self.keep:
             self._resident.popitem(last=False)
-        self._resident[policy_set.id] = ResidentSet(policy_set, stacks)
+        self._resident[policy_set.id] = StackedSet(policy_set, stacks)
         return self._resident[policy_set.id]
 
     def _mix(self, stacks: Mapping[str, StackedLora], coefficients: Tensor) -> None:
@@ -223,7 +221,7 @@ def _wrap_linears(model: nn.Module) -> dict[str, StackedLinear]:
     """Puts a StackedLinear around every layer that an adapter may change; by the layer's name in the plain model."""
     linears = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS:
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ADAPTABLE_MODULES:
             linears[name] = StackedLinear(module)
             model.set_submodule(name, linears[name])
     return linears

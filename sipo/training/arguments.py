@@ -13,7 +13,7 @@ from sipo.errors import InvalidRequest
 from sipo.training.checkpoints import CHECKPOINTS
 from sipo.training.settings import TrainSettings
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TRAINED_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 WARMUP = 0.1
 WEIGHT_DECAY = 0.05
 

@@ -18,7 +18,7 @@ from sipo.selection import pareto_pairs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELD_OUT = 0.1
+VALIDATION_SHARE = 0.1
 MIN_PAIRS_TO_HOLD_OUT = 40
 
 
@@ -144,7 +144,7 @@ def tokenise(
 
     train: list[TokenPair] = []
     validation: list[TokenPair] = []
-    wanted = HELD_OUT * drawn if drawn >= MIN_PAIRS_TO_HOLD_OUT else 0
+    wanted = VALIDATION_SHARE * drawn if drawn >= MIN_PAIRS_TO_HOLD_OUT else 0
     groups = list(by_prompt.values())
     for index, group in enumerate(groups):
         last = index == len(groups) - 1

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from sipo.errors import InvalidRequest
 from sipo.preferences import ObjectiveName
+from sipo.record import Record
 from sipo.training.settings import TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
@@ -19,10 +20,8 @@ NOT_OF_SFT = frozenset({"beta", "alpha", "divergence", "divergence_alpha", "max_
 M = TypeVar("M", bound=BaseModel)
 
 
-class Preset(BaseModel):
+class Preset(Record):
     """Settings for one data set, by stage."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sft: TrainSettings = Field(description="of supervised fine-tuning: see NOT_OF_SFT")
     alignment: TrainSettings = Field(description="of a first alignment, and of DPO LW and MODPO")

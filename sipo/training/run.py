@@ -27,7 +27,7 @@ from trl import DPOConfig
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.files import sync, sync_tree, write_atomically
 from sipo.precision import torch_dtype
-from sipo.training.arguments import TARGETS, common_arguments
+from sipo.training.arguments import TRAINED_MODULES, common_arguments
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
 from sipo.training.memory import fitting
@@ -133,7 +133,9 @@ def build_trainer(
     model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
     fresh = None
     if run.start is None:
-        fresh = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
+        fresh = LoraConfig(
+            r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TRAINED_MODULES, task_type="CAUSAL_LM"
+        )
     else:
         try:
             # ZeRO-3 wants one dtype; TRL sees to that for a fresh LoRA only.

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from sipo.errors import InvalidRequest
 from sipo.files import write_atomically
 from sipo.preferences import ObjectiveName, Weights
 from sipo.prompts import PromptFormat
+from sipo.record import Record
 
 PAIRS = "pairs.jsonl"
 ADAPTER = "adapter"
@@ -28,12 +29,7 @@ Method = Literal["dpo", "sipo", "lw", "modpo"]
 """What a run makes of its pairs: see sipo.training.methods."""
 
 
-class _Record(BaseModel):
-    # An unknown field is a mistake, not a wish.
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TrainSettings(_Record):
+class TrainSettings(Record):
     """One DPO run per objective. Defaults are the small preset for SmolLM2-135M on CPU; docs name the paper's values."""
 
     epochs: float = Field(default=1, gt=0)
@@ -61,14 +57,14 @@ class TrainSettings(_Record):
     seed: int = 0
 
 
-class Margin(_Record):
+class Margin(Record):
     """Another objective's frozen policy, for MODPO."""
 
     adapter: Path
     weight: float = Field(gt=0, description="of its log-ratio: w_i, by the beta that it was trained with over that of this run")
 
 
-class TrainRun(_Record):
+class TrainRun(Record):
     """One policy's run, as its run.yaml says it. The run's folder is where that file lies."""
 
     method: Method = "dpo"
@@ -95,7 +91,7 @@ class TrainRun(_Record):
         return self.settings.beta / self.weights[self.objective]
 
 
-class Progress(_Record):
+class Progress(Record):
     """How far a run is, printed as a line of JSON: pairs whose reference log-probabilities are known, then optimizer steps."""
 
     objective: str
@@ -109,13 +105,13 @@ class Progress(_Record):
     note: str | None = Field(default=None, description="what changed in the run")
 
 
-class Failure(_Record):
+class Failure(Record):
     """The last line of a run that cannot end well."""
 
     error: str
 
 
-class Measure(_Record):
+class Measure(Record):
     """The run's loss and implicit rewards on its validation pairs. A tie is half a hit: before training every pair is one."""
 
     loss: float
@@ -123,7 +119,7 @@ class Measure(_Record):
     accuracy: float
 
 
-class TrainMetrics(_Record):
+class TrainMetrics(Record):
     """What a finished run reports."""
 
     objective: str

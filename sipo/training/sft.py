@@ -28,9 +28,9 @@ from sipo.models import model_sha256
 from sipo.precision import Precision, torch_dtype
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
-from sipo.training.arguments import TARGETS, common_arguments
+from sipo.training.arguments import TRAINED_MODULES, common_arguments
 from sipo.training.checkpoints import Checkpoints, last_checkpoint
-from sipo.training.data import HELD_OUT, MIN_PAIRS_TO_HOLD_OUT
+from sipo.training.data import MIN_PAIRS_TO_HOLD_OUT, VALIDATION_SHARE
 from sipo.training.memory import fitting
 from sipo.training.presets import NOT_OF_SFT
 from sipo.training.records import draw_curve
@@ -88,7 +88,7 @@ def sft_rows(examples: Iterable[Example], prompt_format: PromptFormat, tokenizer
             continue
         responses = [prompt_format.response_ids(text, tokenizer)[: settings.max_response_tokens] for text in by_prompt[prompt]]
         groups.append([{"input_ids": prompt_ids + ids, "labels": [IGNORED] * len(prompt_ids) + ids} for ids in responses])
-    held_out = round(HELD_OUT * len(groups)) if len(groups) >= MIN_PAIRS_TO_HOLD_OUT else 0
+    held_out = round(VALIDATION_SHARE * len(groups)) if len(groups) >= MIN_PAIRS_TO_HOLD_OUT else 0
     validation, train = groups[:held_out], groups[held_out:]
     return SftRows([row for group in train for row in group], [row for group in validation for row in group], left_out)
 
@@ -195,7 +195,9 @@ def _trainer(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: R
         train_dataset=Dataset.from_list(rows.train),
         eval_dataset=Dataset.from_list(rows.validation or rows.train),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TRAINED_MODULES, task_type="CAUSAL_LM"
+        ),
         callbacks=[reporter, Checkpoints(settings.checkpoint_steps)],
     )
     for callback in (PrinterCallback, ProgressCallback):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from gateway.cli import app
-from sipo.lora import TARGETS
+from sipo.lora import ADAPTABLE_MODULES
 from sipo.models import model_sha256
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights, format_weights, sampling_weights
@@ -36,7 +36,7 @@ def policies(data_dir: Path, tiny_base: Path, tiny_tokenizer: PreTrainedTokenize
         PolicyStore(data_dir / "policies"),
         tiny_base,
         tmp_path,
-        dict.fromkeys(OBJECTIVES, TARGETS),
+        dict.fromkeys(OBJECTIVES, ADAPTABLE_MODULES),
         base_sha256=model_sha256(tiny_base, tmp_path / "cache"),
         prompt_format=PromptFormat.of(tiny_tokenizer),
     )

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from services.common.tasks import end_tasks
+from services.common.background import end_tasks
 from sipo.policies import PolicySet
-from tests.decoder import ServedDecoder
+from support.decoder import ServedDecoder
 
 pytestmark = pytest.mark.slow
 

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from sipo.decoding.reference import ReferenceDecoder
-from sipo.decoding.request import Entry, Mixture, Rule, base_mixture, mixture, policy_entry
-from sipo.lora import TARGETS, load_adapter
+from sipo.decoding.request import Entry, MixingRule, Mixture, base_mixture, mixture, policy_entry
+from sipo.lora import ADAPTABLE_MODULES, load_adapter
 from sipo.preferences import Weights
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ PROMPTS = [[(7 * i + 3 * j) % 250 + 1 for j in range(length)] for i, length in e
 TOKENS = 12
 OBJECTIVES = ["a", "b"]
 MOD: list[Weights] = [{"a": w, "b": 1 - w} for w in (1.0, 0.0, 0.5, 0.3)]
-RULES: list[tuple[Rule, float | None]] = [("forward_kl", None), ("jensen_shannon", None), ("alpha_divergence", 0.4)]
+RULES: list[tuple[MixingRule, float | None]] = [("forward_kl", None), ("jensen_shannon", None), ("alpha_divergence", 0.4)]
 LINEAR_COEFFICIENTS = [{"base": 1.0, "a": 1.5, "b": -0.5}, {"base": -0.5, "b": 1.2}, {"a": 2.0}]
 
 SOUPS: list[Weights] = [{"a": 0.3, "b": 0.7}, {"a": 0.6, "b": 0.4}]
@@ -106,7 +106,7 @@ class Model:
         self.folder = folder
         self._save(self.model_class(config_class(vocab_size=len(tokenizer), **(SHAPE | own))), folder, tokenizer)
         # Different ranks and scalings, and one adapter leaves out some layers that the other has.
-        self._adapter("a", LoraConfig(r=3, lora_alpha=6, target_modules=list(TARGETS)))
+        self._adapter("a", LoraConfig(r=3, lora_alpha=6, target_modules=list(ADAPTABLE_MODULES)))
         self._adapter("b", LoraConfig(r=5, lora_alpha=10, target_modules=["q_proj", "o_proj", "up_proj"], use_rslora=True))
         self.adapters = {name: folder / name for name in OBJECTIVES}
         self.reference = ReferenceDecoder(folder, self.adapters)
@@ -138,7 +138,7 @@ class Model:
             yield mixture("set", OBJECTIVES, weights, mode="soup")[0], self._soup(weights)
         yield base_mixture(), self.expected({"base": 1.0}, "linear")
 
-    def expected(self, weights: Weights, rule: Rule = "reverse_kl", alpha: float | None = None) -> Answer:
+    def expected(self, weights: Weights, rule: MixingRule = "reverse_kl", alpha: float | None = None) -> Answer:
         return lambda prompt: self.reference.generate(prompt, weights, max_tokens=TOKENS, rule=rule, alpha=alpha)
 
     def _soup(self, weights: Weights) -> Answer:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.decoder import ServedDecoder
+from support.decoder import ServedDecoder
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pytest
 
 from sipo.decoding.reference import ReferenceDecoder
 from sipo.preferences import Weights
-from tests.decoder import ServedDecoder
+from support.decoder import ServedDecoder
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sipo.decoding.reference import ReferenceDecoder
 from sipo.policies import PolicySet
-from tests.decoder import ServedDecoder
+from support.decoder import ServedDecoder
 
 pytestmark = pytest.mark.slow
 

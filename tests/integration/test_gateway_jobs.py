@@ -15,15 +15,16 @@ from redis.asyncio import Redis
 from gateway.app import create_app
 from gateway.jobs.feeder import Feeder
 from gateway.settings import GatewaySettings
+from services.common.background import end_tasks
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobState
 from services.common.contract.messages import Candidate, PromptDecided, PromptQueued, ScoredCandidate
 from services.common.queue import PROMPTS, Queue
 from services.common.settings import Teacher
-from services.common.tasks import end_tasks
 from sipo.preferences import Example
 from sipo.selection import Chosen, Filter
 from sipo.training.settings import TrainSettings
+from support import PATIENCE
 from tests.fakes import FakeDecoder, write_policy_set
 
 CONFLICTING = {"response_0": "Short.", "response_1": "Warm, long.", "labels": {"concise": 0, "warm": 1}}
@@ -246,7 +247,7 @@ async def test_two_feeders_queue_each_prompt_exactly_once(gateway: httpx.AsyncCl
     jobs = [await generating(gateway, store, rows(40)) for _ in range(3)]
     feeders = [Feeder(Queue(redis), store, tmp_path / "jobs", pause=0.01) for _ in range(2)]
     running = [asyncio.create_task(feeder.run()) for feeder in feeders]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while sum([(await store.get(job.id)).counts.queued for job in jobs]) < 120:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.1)

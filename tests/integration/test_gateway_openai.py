@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 
 from gateway.app import create_app
 from gateway.settings import GatewaySettings
+from support import PATIENCE
 from tests.fakes import FakeDecoder, write_policy_set
 
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "How do I boil an egg?"}]
@@ -104,12 +105,12 @@ async def test_a_caller_who_leaves_stops_the_decoder(client: openai.AsyncOpenAI,
     decoder.delay = 0.3
     decoder.answer = "word " * 100
     asking = asyncio.create_task(_consume(client, stream))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not decoder.bodies:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.4)
     asking.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await decoder.stopped.wait()
 
 

@@ -30,6 +30,7 @@ from services.common.queue.streams import DeadLetter
 from services.trainer.decisions import DecisionLog
 from sipo.errors import NotFound
 from sipo.preferences import Example
+from support import PATIENCE
 from tests.fakes import FakeDecoder, write_policy_set
 
 HALVES = {"concise": 0.5, "warm": 0.5}
@@ -113,7 +114,7 @@ async def requeued(gateway: httpx.AsyncClient, **wanted: Any) -> dict[str, Any]:
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while not await holds():  # noqa: ASYNC110, it is another's doing that makes it hold
             await asyncio.sleep(0.02)
 

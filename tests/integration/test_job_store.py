@@ -9,6 +9,7 @@ from services.common.contract.job_store import Job, JobStore, new_job_id
 from services.common.contract.jobs import JobSpec, JobState
 from services.common.contract.keys import count_field, job_key
 from sipo.errors import Conflict, NotFound
+from support import PATIENCE
 
 SPEC = JobSpec(policy="demo", max_prompts=3)
 
@@ -138,7 +139,7 @@ async def test_an_overtaken_holder_can_change_nothing(jobs: JobStore, redis: Red
     async with jobs.lease("trainer", ttl=0.3) as old:
         await redis.delete("sipo:lease:trainer")  # as if it had been away for longer than the lease
         async with jobs.lease("trainer") as new:
-            await asyncio.wait_for(old.lost.wait(), 5)
+            await asyncio.wait_for(old.lost.wait(), PATIENCE)
             assert new.token > old.token
             with pytest.raises(Conflict, match="lease"):
                 await jobs.advance(job.id, JobState.QUEUED, JobState.GENERATING, lease=old)

@@ -34,6 +34,7 @@ from services.common.queue.consumer import Handler
 from services.common.queue.streams import Depth
 from sipo.errors import InvalidRequest, Unavailable
 from sipo.preferences import Example
+from support import PATIENCE
 
 PLAN = SamplingPlan(
     sampling_set="demo:1",
@@ -74,7 +75,7 @@ async def hand_on(batch: list[Delivery[PromptQueued]]) -> None:
         await delivery.done(CANDIDATES, sampled(delivery.message), counts={"sampled": 1})
 
 
-async def until(holds: Callable[[], Awaitable[bool]], seconds: float = 30) -> None:
+async def until(holds: Callable[[], Awaitable[bool]], seconds: float = PATIENCE) -> None:
     async with asyncio.timeout(seconds):
         while not await holds():  # noqa: ASYNC110, it is another process that makes it hold
             await asyncio.sleep(0.02)
@@ -400,7 +401,7 @@ async def test_consumers_of_one_process_work_side_by_side_and_stop_together(redi
             ended.append(clock())
 
     async with consuming([consumer(redis) for _ in range(3)], forever, grace=1):
-        await asyncio.wait_for(together.wait(), 30)
+        await asyncio.wait_for(together.wait(), PATIENCE)
         begin = clock()
     assert at_work == len(ended) == 3, "nobody takes another while stopping"
     assert min(ended) - begin >= 1

@@ -20,12 +20,12 @@ from redis.asyncio import Redis
 from safetensors.torch import load_file
 
 from gateway.jobs.feeder import Feeder, read_prompts
+from services.common.background import end_tasks
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobState
 from services.common.contract.messages import PromptDecided, PromptQueued
 from services.common.local.processes import free_ports
 from services.common.queue import DECISIONS, PROMPTS, Consumer, Queue
-from services.common.tasks import end_tasks
 from services.trainer import lifecycle, rounds
 from services.trainer.app import open_base
 from services.trainer.decisions import DecisionLog
@@ -35,6 +35,7 @@ from services.trainer.settings import TrainerSettings
 from sipo.errors import TrainingFailed
 from sipo.policies import PolicyStore
 from sipo.training.settings import TrainMetrics, read_run
+from support import PATIENCE
 from tests.trainer import OBJECTIVES, Tell, decision, policies, report_of, submit, trainer, until
 
 THREE = [*OBJECTIVES, "kind"]
@@ -75,7 +76,7 @@ async def fed(redis: Redis, stages: Stages, accepts: Accepts, feeders: int = 1) 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "POLL", 0.02)
+    monkeypatch.setattr(lifecycle, "JOBS_POLL_SECONDS", 0.02)
 
 
 async def test_each_round_samples_from_the_set_before_what_is_unresolved_and_trains_on_its_own_pairs(
@@ -102,7 +103,7 @@ async def test_each_round_samples_from_the_set_before_what_is_unresolved_and_tra
     assert [(one.round, one.parent) for one in manifests] == [(0, None), (1, "demo:1"), (2, "demo:2"), (3, "demo:3")]
     assert runs == [f"round-{k}/{objective}" for k in (1, 2, 3) for objective in THREE]
     for k, objective in ((k, objective) for k in (1, 2, 3) for objective in THREE):
-        folder = stages.run_folder(job, k, objective)
+        folder = stages.files(job).training_run(k, objective)
         assert read_run(folder / "run.yaml").start == stages.store.get(f"demo:{k}").adapter_dir(objective)
         assert {json.loads(line)["prompt"] for line in (folder / "pairs.jsonl").read_text().splitlines()} == {f"q{k - 1}"}
 
@@ -191,13 +192,13 @@ async def test_several_feeders_feed_each_prompt_of_each_round_once(
 
 async def test_a_rounds_rows_are_the_same_whatever_is_decided_in_it_meanwhile(redis: Redis, stages: Stages) -> None:
     job = await submit(redis, stages, rounds=3)
-    folder = stages.folder(job)
+    files = stages.files(job)
 
     def rows(round_: int) -> list[int]:
-        return [row for row, _ in read_prompts(folder, job.model_copy(update={"round": round_}))]
+        return [row for row, _ in read_prompts(files, job.model_copy(update={"round": round_}))]
 
     assert rows(1) == [0, 1, 2]
-    log = DecisionLog(folder)
+    log = DecisionLog(files.folder)
     log.append([decision(job.id, 0), decision(job.id, 1, accepted=False), decision(job.id, 2, accepted=False)])
     assert (rows(1), rows(2)) == ([0, 1, 2], [1, 2])
     log.append([decision(job.id, 2, round_=2)])
@@ -266,7 +267,7 @@ async def test_a_trainer_killed_after_any_step_of_any_round_goes_on(
         killer.buried.set()
 
     job = await submit(redis, stages, total=None, rounds=3, activate=True)
-    async with fed(redis, stages, one_more_each) as prompts, asyncio.timeout(120):
+    async with fed(redis, stages, one_more_each) as prompts, asyncio.timeout(PATIENCE):
         while not (done := await JobStore(redis).get(job.id)).state.ended:
             await live()
     assert (done.state, done.round, done.policy_set) == (JobState.COMPLETED, 3, "demo:4"), done.error
@@ -327,7 +328,7 @@ async def test_kill_9_of_the_trainers_process_in_every_round_publishes_each_set_
         return await JobStore(redis).get(job.id)
 
     def there(round_: int, objective: str, name: str) -> bool:
-        return (stages.run_folder(job, round_, objective) / name).exists()
+        return (stages.files(job).training_run(round_, objective) / name).exists()
 
     moments: list[Callable[[Job], bool]] = [
         lambda _: there(1, "warm", "reference-train.safetensors"),
@@ -335,7 +336,7 @@ async def test_kill_9_of_the_trainers_process_in_every_round_publishes_each_set_
         lambda now: now.state == JobState.COMPLETED,
     ]
     told: set[tuple[int, str]] = set()
-    async with fed(redis, stages, lambda _round, _row: True) as prompts, asyncio.timeout(400):
+    async with fed(redis, stages, lambda _round, _row: True) as prompts, asyncio.timeout(PATIENCE):
         for moment in moments:
             with process():
                 while not moment(now := await known()):

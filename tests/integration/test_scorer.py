@@ -23,12 +23,13 @@ from services.scorer.app import create_app
 from services.scorer.scoring import Given
 from services.scorer.settings import ScorerSettings
 from sipo.evaluation.ground_truth import concise, warm
-from sipo.lora import TARGETS
+from sipo.lora import ADAPTABLE_MODULES
 from sipo.models import model_sha256
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Example, format_weights, sampling_weights
 from sipo.prompts import PromptFormat
 from sipo.selection import Filter
+from support import PATIENCE
 from tests.policies import publish_random, rewards_one_by_one
 
 OBJECTIVES = ["concise", "warm"]
@@ -54,7 +55,7 @@ def publish(
     settings: ScorerSettings, base: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, *, seed: int, scale: float = 0.1
 ) -> PolicySet:
     store = PolicyStore(settings.data_dir / "policies")
-    targets = dict.fromkeys(OBJECTIVES, TARGETS)
+    targets = dict.fromkeys(OBJECTIVES, ADAPTABLE_MODULES)
     sha256 = model_sha256(base, settings.cache_dir)
     return publish_random(
         store, base, folder, targets, base_sha256=sha256, prompt_format=PromptFormat.of(tokenizer), seed=seed, scale=scale
@@ -112,7 +113,7 @@ def random_texts(count: int) -> list[str]:
     return ["".join(drawn.choice("abcdefg ,.") for _ in range(drawn.randint(2, 20))).strip() + "!" for _ in range(count)]
 
 
-async def decisions(redis: Redis, count: int, seconds: float = 120) -> list[PromptDecided]:
+async def decisions(redis: Redis, count: int, seconds: float = PATIENCE) -> list[PromptDecided]:
     """The first `count` decisions, in the order in which they came."""
     async with asyncio.timeout(seconds):
         while await redis.xlen(DECISIONS) < count:  # noqa: ASYNC110, another process adds them

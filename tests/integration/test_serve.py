@@ -10,6 +10,7 @@ import sys
 import httpx
 
 from services.common.local.processes import free_ports
+from support import PATIENCE
 
 SERVICE = """
 import asyncio, logging, sys
@@ -42,7 +43,7 @@ serve(app, settings.host, int(sys.argv[1]))
 async def test_a_service_finishes_its_requests_on_sigterm_and_logs_json_lines() -> None:
     (port,) = free_ports(1)
     service = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVICE, str(port), stderr=asyncio.subprocess.PIPE)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http, asyncio.timeout(60):
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http, asyncio.timeout(PATIENCE):
         while True:
             try:
                 assert (await http.get("/ready")).status_code == 200

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ import pytest
 from services.common.local.processes import free_ports
 from services.common.local.stack import stack_specs
 from services.common.local.supervisor import ProcessFailed, ProcessSpec, Supervisor
+from services.common.queue import connect
 from services.common.settings import CommonSettings
 from sipo.errors import Conflict
+from support import PATIENCE
 
 WEB = """
 import http.server, sys, time
@@ -62,7 +63,7 @@ class Story:
         return sum(who == name and what.startswith(news) for who, what in self.told)
 
 
-async def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+async def until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
     async with asyncio.timeout(seconds):
         while not holds():  # noqa: ASYNC110, it is another process that makes it hold
             await asyncio.sleep(0.02)
@@ -224,9 +225,11 @@ async def test_the_stack_brings_up_its_queue_and_tells_everyone_where_it_is(data
         assert spec.env["SIPO_HOST"] == "127.0.0.1"
     assert specs["gateway"].ready_url == "http://127.0.0.1:8123/ready"
     assert specs["worker"].env["SIPO_DECODER_URL"] + "/ready" == specs["decoder"].ready_url
-    begin = time.monotonic()
+    assert [name for name, spec in specs.items() if spec.env.get("SIPO_TEACHERS") != ""] == ["worker", "gateway"], "keys"
     async with Supervisor([queue], data_dir):
-        assert time.monotonic() - begin < 30
+        client = connect(str(queue.ready_url))
+        assert await client.ping()
+        await client.aclose()
 
 
 @pytest.mark.parametrize(("sleeps", "after"), [(False, {"queue"}), (True, {"queue", "worker", "gateway"})])

@@ -28,6 +28,7 @@ from services.reviewer.settings import ReviewerSettings
 from sipo.errors import SipoError, Unavailable
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
+from support import PATIENCE
 from tests.fakes import WritingDecoder, write_policy_set
 
 KEY = "sk-very-secret"
@@ -264,7 +265,7 @@ async def sampled(redis: Redis) -> PromptSampled:
     return PromptSampled.model_validate_json(fields["data"])
 
 
-async def until(holds: Callable[[], Awaitable[bool]], seconds: float = 30) -> None:
+async def until(holds: Callable[[], Awaitable[bool]], seconds: float = PATIENCE) -> None:
     async with asyncio.timeout(seconds):
         while not await holds():  # noqa: ASYNC110, what is awaited is in the queue server
             await asyncio.sleep(0.02)

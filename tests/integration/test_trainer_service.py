@@ -26,6 +26,7 @@ from services.trainer import decoders, rounds
 from services.trainer.rounds import Stages
 from sipo.errors import Conflict, TrainingFailed
 from sipo.training.settings import Progress, TrainMetrics, read_run
+from support import PATIENCE
 from tests.fakes import FakeEngine, served
 from tests.trainer import OBJECTIVES, Tell, decide, decision, policies, report_of, submit, trainer, until
 
@@ -59,13 +60,13 @@ async def test_a_round_trains_every_policy_on_the_same_pairs_from_its_own_adapte
         await decide(redis, job)
         done = await until(redis, job, JobState.COMPLETED)
     assert runs == ["round-1/concise", "round-1/warm"]
-    texts = [(stages.run_folder(job, 1, objective) / "pairs.jsonl").read_text() for objective in OBJECTIVES]
+    texts = [(stages.files(job).training_run(1, objective) / "pairs.jsonl").read_text() for objective in OBJECTIVES]
     assert texts[0] == texts[1]
     assert [json.loads(line) for line in texts[0].splitlines()][:2] == [
         {"prompt": "q0", "chosen": "best 0", "rejected": "a0", "chosen_token_ids": [5, 6, 0, 0]},
         {"prompt": "q0", "chosen": "best 0", "rejected": "b0", "chosen_token_ids": [5, 6, 0, 0]},
     ]
-    read = [read_run(stages.run_folder(job, 1, objective) / "run.yaml") for objective in OBJECTIVES]
+    read = [read_run(stages.files(job).training_run(1, objective) / "run.yaml") for objective in OBJECTIVES]
     assert [run.start for run in read] == [stages.store.get("demo:1").adapter_dir(objective) for objective in OBJECTIVES]
     rates = {objective: run.settings.learning_rate for objective, run in zip(OBJECTIVES, read, strict=True)}
     assert rates == {"concise": job.spec.training.learning_rate, "warm": 1e-3}
@@ -116,7 +117,7 @@ async def test_separate_responses_train_each_policy_on_its_own_pairs_and_need_so
             ended = await until(redis, job, state)
             if state == JobState.FAILED:
                 assert runs == [] and "no response passed the filter for concise, in 3 prompts" in (ended.error or "")
-    texts = {name: (stages.run_folder(job, 1, name) / "pairs.jsonl").read_text() for name in OBJECTIVES}
+    texts = {name: (stages.files(job).training_run(1, name) / "pairs.jsonl").read_text() for name in OBJECTIVES}
     pairs = {name: [json.loads(line) for line in text.splitlines()] for name, text in texts.items()}
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs["concise"]] == [("best 1", "a1")]
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs["warm"]] == [("best 0", "b0"), ("best 2", "b2")]
@@ -173,7 +174,7 @@ async def test_a_run_whose_job_has_ended_is_told_so(
     job = await submit(redis, stages)
     async with trainer(redis, stages):
         await decide(redis, job)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await refused.wait()
 
 
@@ -220,7 +221,7 @@ async def test_a_training_that_fails_ends_the_job_and_leaves_the_policies(
 async def test_the_decoder_sleeps_while_policies_are_trained(
     redis: Redis, stages: Stages, runs: list[str], data_dir: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
 ) -> None:
-    monkeypatch.setattr(decoders, "POLL", 0.01)
+    monkeypatch.setattr(decoders, "DRAIN_POLL_SECONDS", 0.01)
     engine = FakeEngine()
     engine.calls = runs  # one list of what happens
     settings = DecoderSettings(
@@ -264,7 +265,7 @@ async def test_decisions_are_kept_while_another_job_trains_and_cancel_ends_the_t
         await decide(redis, second)
         await until(redis, second, JobState.COMPLETED)
         await JobStore(redis).cancel(first.id)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await ended.wait()
     assert (await JobStore(redis).get(first.id)).state == JobState.CANCELLED
 
@@ -308,7 +309,7 @@ async def test_a_trainer_goes_on_in_the_middle_of_a_training(
     monkeypatch.setattr(rounds, "run_child", die_in_the_second)
     async with trainer(redis, stages):
         await decide(redis, job)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await blocked.wait()
     assert (await JobStore(redis).get(job.id)).state == JobState.TRAINING
     monkeypatch.setattr(rounds, "run_child", quick)
@@ -320,7 +321,7 @@ async def test_a_trainer_goes_on_in_the_middle_of_a_training(
 async def test_a_decision_delivered_again_after_a_crash_is_there_once(redis: Redis, stages: Stages, adapter: Path) -> None:
     policies(stages, adapter)
     job = await submit(redis, stages, stop_after="pairs")
-    path = stages.folder(job) / "decisions.jsonl"
+    path = stages.files(job).decisions
     lines = [decision(job.id, row).model_dump_json() + "\n" for row in range(2)]
     path.write_text(lines[0] + lines[1][:50])  # written, but neither counted nor acknowledged; the second one torn
     async with trainer(redis, stages):
@@ -341,6 +342,6 @@ async def test_what_the_training_process_says_before_it_fails_becomes_the_jobs_e
     job = await submit(redis, stages, activate=True)
     async with trainer(redis, stages):
         await decide(redis, job)
-        failed = await until(redis, job, JobState.FAILED, seconds=300)
+        failed = await until(redis, job, JobState.FAILED)
     assert failed.error is not None and "diverged at step 1" in failed.error
     assert stages.store.get("demo").id == "demo:1"

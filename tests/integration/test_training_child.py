@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from services.common.background import end_tasks
 from services.common.local.training import launch_command, run_child
-from services.common.tasks import end_tasks
 from sipo.errors import InvalidRequest, TrainingFailed
 from sipo.training.settings import ACCELERATE, Progress
 

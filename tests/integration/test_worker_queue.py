@@ -21,6 +21,7 @@ from services.common.web.clients import DecoderClient, ReviewerClient
 from services.reviewer.app import create_app as create_reviewer
 from services.reviewer.settings import ReviewerSettings
 from sipo.preferences import Example, format_weights, sampling_weights
+from support import PATIENCE
 from tests.fakes import WritingDecoder, write_policy_set
 
 OBJECTIVES = ["concise", "warm"]
@@ -76,7 +77,7 @@ def start(data_dir: Path, tiny_base: Path, redis: Redis, redis_url: str, decoder
     return start
 
 
-async def until(holds: Callable[[], Awaitable[bool]], seconds: float = 30) -> None:
+async def until(holds: Callable[[], Awaitable[bool]], seconds: float = PATIENCE) -> None:
     async with asyncio.timeout(seconds):
         while not await holds():  # noqa: ASYNC110, what is awaited is in the queue server
             await asyncio.sleep(0.02)

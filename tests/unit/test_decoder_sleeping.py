@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,12 +19,13 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.app import create_app as create_gateway
 from gateway.settings import GatewaySettings
-from services.common.tasks import end_tasks
+from services.common.background import end_tasks
 from services.common.web.clients import DecoderClient
 from services.decoder.residency import ResidentSets
 from services.decoder.settings import DecoderSettings
 from services.decoder.sleeping import Sleeper
 from sipo.errors import Unavailable
+from support import PATIENCE
 from tests.fakes import FakeEngine, client_of, served
 
 ASK = {"model": "base", "prompt": "Hi"}
@@ -45,7 +45,7 @@ async def sleeper(engine: FakeEngine) -> AsyncIterator[Sleeper]:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not holds():  # noqa: ASYNC110  # looks as a person would
             await asyncio.sleep(0.001)
 
@@ -80,7 +80,7 @@ async def test_what_does_not_end_is_told_to_break_off(engine: FakeEngine) -> Non
         await asyncio.sleep(0.05)
         assert not breaks_off.is_set(), "nobody asked for sleep"
         sleeper.sleep(60)
-        await asyncio.wait_for(breaks_off.wait(), 10)
+        await asyncio.wait_for(breaks_off.wait(), PATIENCE)
         assert (sleeper.state, engine.calls) == ("draining", [])
     await until(lambda: sleeper.state == "asleep")
     await end_tasks(running)
@@ -164,7 +164,7 @@ async def state(client: httpx.AsyncClient, path: str, **body: Any) -> str:
 
 
 async def fall_asleep(client: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while await state(client, "/v1/sleep", seconds=60) != "asleep":  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -269,18 +269,18 @@ async def test_a_lease_has_an_end(engine: FakeEngine, settings: DecoderSettings,
 async def test_an_engine_that_cannot_wake_ends_the_process(
     engine: FakeEngine, settings: DecoderSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda *call: ended.append(call))
+    ended: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
     engine.cannot_wake = True
     async with decoder(engine, settings) as client:
         await fall_asleep(client)
         assert await state(client, "/v1/wake") == "waking"
-        await until(lambda: ended == [(os.getpid(), signal.SIGTERM)])
+        await until(lambda: ended == [signal.SIGTERM])
         assert (await client.get("/ready")).status_code == 503
 
 
 async def test_it_can_be_stopped_while_it_sleeps(engine: FakeEngine, settings: DecoderSettings) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         async with decoder(engine, settings) as client:
             await fall_asleep(client)
     assert engine.calls == ["sleep"]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, NotFound
-from sipo.lora import TARGETS
+from sipo.lora import ADAPTABLE_MODULES
 from sipo.policies import PolicyStore
 from sipo.preferences import Weights, sampling_weights
 from sipo.prompts import PromptFormat
@@ -51,7 +51,7 @@ def store(base: Path, tmp_path_factory: pytest.TempPathFactory) -> PolicyStore:
     """demo:1 changes other layers per objective; demo:2 and demo:3 differ from it only in their values."""
     folder = tmp_path_factory.mktemp("store")
     store = PolicyStore(folder / "policies")
-    targets = {"helpful": TARGETS, "harmless": ("q_proj", "v_proj", "down_proj")}
+    targets = {"helpful": ADAPTABLE_MODULES, "harmless": ("q_proj", "v_proj", "down_proj")}
     for seed in (1, 2, 3):
         publish_random(store, base, folder, targets, base_sha256="tiny", prompt_format=RAW, seed=seed)
     return store
@@ -127,7 +127,7 @@ def test_no_tensor_has_a_vocabulary_for_every_position(base: Path, store: Policy
 
 def test_three_objectives_have_three_policies_and_the_soups_of_their_grid(base: Path, tmp_path: Path) -> None:
     store = PolicyStore(tmp_path / "policies")
-    targets: dict[str, tuple[str, ...]] = {"helpful": TARGETS, "harmless": ("q_proj", "o_proj"), "brief": ("down_proj",)}
+    targets: dict[str, tuple[str, ...]] = {"helpful": ADAPTABLE_MODULES, "harmless": ("q_proj", "o_proj"), "brief": ("down_proj",)}
     policy_set = publish_random(store, base, tmp_path, targets, base_sha256="tiny", prompt_format=RAW)
     soups = sampling_weights(list(targets))
     answers = responses(3, seed=7)
@@ -187,7 +187,7 @@ def test_other_architectures_are_scored_as_they_compute_themselves(architecture:
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
     store = PolicyStore(tmp_path / "policies")
-    targets = dict.fromkeys(OBJECTIVES, TARGETS)
+    targets = dict.fromkeys(OBJECTIVES, ADAPTABLE_MODULES)
     policy_set = publish_random(store, tmp_path / "base", tmp_path, targets, base_sha256="tiny", prompt_format=RAW)
     model = RewardModel.load(tmp_path / "base", store, base_sha256="tiny")
     answers = responses(3, seed=6)
@@ -257,7 +257,7 @@ def test_rewards_of_the_real_model_agree_with_peft_one_by_one(bundled_base: Path
     tokenizer = AutoTokenizer.from_pretrained(bundled_base)
     chat = PromptFormat.of(tokenizer)
     store = PolicyStore(tmp_path / "policies")
-    targets = dict.fromkeys(OBJECTIVES, TARGETS)
+    targets = dict.fromkeys(OBJECTIVES, ADAPTABLE_MODULES)
     policy_set = publish_random(store, bundled_base, tmp_path, targets, base_sha256="real", prompt_format=chat, scale=0.05)
     model = RewardModel.load(bundled_base, store, base_sha256="real")
     prompt = chat.prompt_ids("Why is the sky blue?", tokenizer)

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from sipo.preferences import Example
 from sipo.selection import (
+    CandidateText,
     Chosen,
     Filter,
     Pair,
     Rejection,
-    Response,
     Scored,
     Selection,
     keep_rewrites,
@@ -113,12 +113,12 @@ def test_selection_agrees_with_brute_force_on_random_vectors() -> None:
 
 def test_screening_rejects_truncated_empty_and_duplicate_texts_before_scoring() -> None:
     candidates = [
-        Response("new", truncated=True),
-        Response(" \n"),
-        Response("one "),
-        Response("new"),
-        Response("new"),
-        Response("other"),
+        CandidateText("new", truncated=True),
+        CandidateText(" \n"),
+        CandidateText("one "),
+        CandidateText("new"),
+        CandidateText("new"),
+        CandidateText("other"),
     ]
     assert screen(["one", "two"], candidates) == [
         Rejection("truncated"),
@@ -201,7 +201,7 @@ def test_the_published_rule_keeps_a_rewrite_unless_no_policys_reward_is_higher()
 
 
 def test_truncated_candidates_may_be_kept() -> None:
-    candidates = [Response("cut", truncated=True), Response("cut")]
+    candidates = [CandidateText("cut", truncated=True), CandidateText("cut")]
     assert screen(["one", "two"], candidates, keep_truncated=True) == [None, Rejection("duplicate", "of candidate 0")]
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from services.common.settings import CommonSettings, Port, load
+from services.common.settings import CommonSettings, Port, RewardModelSettings, TeacherSettings, load
 from services.trainer.settings import TrainerSettings
 
 
-class ServiceSettings(CommonSettings):
+class ServiceSettings(RewardModelSettings, TeacherSettings):
     scorer_port: Port = 8003
 
 
@@ -62,7 +62,7 @@ def test_a_bad_value_stops_the_service_with_one_sentence_that_names_it(
 def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str, says: str) -> None:
     monkeypatch.setenv("SIPO_TEACHERS", value)
     with pytest.raises(SystemExit):
-        load(CommonSettings)
+        load(TeacherSettings)
     said = capsys.readouterr().err
     assert says in said
     assert "secret" not in said
@@ -70,7 +70,7 @@ def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_a_teachers_key_is_in_no_picture_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIPO_TEACHERS", '{"big": {"url": "https://host/v1", "model": "m", "api_key": "sk-secret"}}')
-    settings = load(CommonSettings)
+    settings = load(TeacherSettings)
     key = settings.teachers["big"].api_key
     assert key is not None and key.get_secret_value() == "sk-secret"
     assert "secret" not in f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()}"

@@ -13,6 +13,7 @@ from services.common.web.clients import DecoderClient
 from services.trainer import decoders
 from services.trainer.decoders import asleep, decoder_clients
 from sipo.errors import Conflict
+from support import PATIENCE
 
 Answer = str | int | httpx.TransportError
 
@@ -30,7 +31,7 @@ class Decoders:
         self.asked.append((host, path))
         if path == "/v1/wake":
             return httpx.Response(200, json={"state": "waking"})
-        assert json.loads(request.content) == {"seconds": decoders.LEASE}
+        assert json.loads(request.content) == {"seconds": decoders.SLEEP_SECONDS}
         answer = self.answers[host].pop(0) if len(self.answers[host]) > 1 else self.answers[host][0]
         if isinstance(answer, httpx.TransportError):
             raise answer
@@ -45,12 +46,12 @@ class Decoders:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "POLL", 0.001)
-    monkeypatch.setattr(decoders, "RENEW", 0.001)
+    monkeypatch.setattr(decoders, "DRAIN_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(decoders, "ASK_AGAIN_SECONDS", 0.001)
 
 
 async def test_training_begins_when_all_sleep_and_wakes_them_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoders, "RENEW", 60)
+    monkeypatch.setattr(decoders, "ASK_AGAIN_SECONDS", 60)
     asked = Decoders(a=["draining", "asleep"], b=[503, 404, 500, httpx.ReadTimeout("late"), "asleep"])
     async with asleep(asked.clients, asyncio.Event()):
         assert asked.answers == {"a": ["asleep"], "b": ["asleep"]}
@@ -61,7 +62,7 @@ async def test_training_begins_when_all_sleep_and_wakes_them_at_its_end(monkeypa
 
 async def test_they_are_asked_again_while_training_runs_whatever_they_answer() -> None:
     asked = Decoders(a=["asleep", 409, 503, "draining", httpx.ConnectError("gone"), "asleep"])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         async with asleep(asked.clients, asyncio.Event()):
             while len(asked.asked) < 10:  # noqa: ASYNC110  # looks as a person would
                 await asyncio.sleep(0.001)

@@ -25,7 +25,7 @@ from services.common.local.training import run_child
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
 from sipo.prompts import PromptFormat
-from sipo.training.arguments import TARGETS
+from sipo.training.arguments import TRAINED_MODULES
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
 from sipo.training.methods import modpo_margins
 from sipo.training.process import claim
@@ -233,7 +233,7 @@ def stock(run: TrainRun, data: TokenisedPairs, folder: Path, **settings: Any) ->
     fresh = None
     if run.start is None:
         fresh = LoraConfig(
-            r=run.settings.lora_rank, lora_alpha=run.settings.lora_alpha, target_modules=TARGETS, task_type="CAUSAL_LM"
+            r=run.settings.lora_rank, lora_alpha=run.settings.lora_alpha, target_modules=TRAINED_MODULES, task_type="CAUSAL_LM"
         )
     else:
         model = PeftModel.from_pretrained(model, run.start, is_trainable=True)

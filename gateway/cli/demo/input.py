@@ -17,7 +17,6 @@ from services.common.settings import CommonSettings
 from sipo.datasets import bundled_examples, read_source
 from sipo.errors import InvalidRequest
 from sipo.models import resolve_model
-from sipo.policies import PolicyStore
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 PROMPTS = 16
 MAX_PROMPT_TOKENS = 256
-HELD_OUT: tuple[Literal["test"], Literal["validation"]] = ("test", "validation")
+HELD_OUT_SPLITS: tuple[Literal["test"], Literal["validation"]] = ("test", "validation")
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class DemoInput:
 def bundled_input(settings: CommonSettings) -> DemoInput:
     """Conflicting prompts that the shipped policies were not trained on. Those policies are current afterwards."""
     shipped = publish_shipped(settings)
-    PolicyStore(settings.data_dir / "policies").activate(shipped.id)
-    held_out = [example for split in HELD_OUT for example in bundled_examples(split)]
+    settings.policies.activate(shipped.id)
+    held_out = [example for split in HELD_OUT_SPLITS for example in bundled_examples(split)]
     conflicting = [example for example in held_out if example.conflicting(shipped.objectives)]
     spec = _spec(shipped.manifest.name, shipped.objectives)
     return DemoInput(conflicting[:PROMPTS], shipped.objectives, spec, len(held_out), len(conflicting))
@@ -70,7 +69,7 @@ def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None
     key = json.dumps([objectives, max_pairs, settings.model, *(example.model_dump() for example in examples)])
     stem = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:40]
     name = f"demo-{stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    store = PolicyStore(settings.data_dir / "policies")
+    store = settings.policies
     if aligned := [known for known in store.sets() if known.manifest.name == name and known.manifest.round == 0]:
         console.print(f"policies: {store.activate(aligned[0].id).id}, aligned by an earlier run")
     spec = _spec(name, objectives)
@@ -93,7 +92,7 @@ def _usable(settings: CommonSettings, path: Path) -> tuple[list[Example], Counte
     splits = [json.loads(line).get("split") for line in lines] or [None] * len(reading.examples)
     examples, left_out = [], Counter({f"rows: {reason}": count for reason, count in reading.left_out.items()})
     for split, example in zip(splits, reading.examples, strict=True):
-        if split in HELD_OUT:
+        if split in HELD_OUT_SPLITS:
             left_out["rows: their `split` holds them out of training"] += 1
             continue
         prompt = cut_middle(example.prompt, prompt_format, tokenizer)

@@ -66,7 +66,7 @@ def score(
     check_out(out, resume)
     rows = read_rows(data)
     settings = load(CommonSettings)
-    store = PolicyStore(settings.data_dir / "policies")
+    store = settings.policies
     chosen = store.get(policy_set or _only_name(store))
     objectives = chosen.objectives
     wanted = [normalize_weights(parse_weights(text, param="weights"), objectives, param="weights") for text in weights or []]

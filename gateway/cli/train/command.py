@@ -20,7 +20,6 @@ from gateway.cli.train.progress import Display
 from gateway.cli.train.runs import RUN, Runs
 from services.common.local.training import launch_command, run_child
 from services.common.settings import CommonSettings, load
-from sipo.policies import PolicyStore
 from sipo.training.presets import read_preset, read_settings
 from sipo.training.settings import Method, TrainMetrics, TrainSettings
 
@@ -75,7 +74,7 @@ def train(
     given = TrainSettings() if settings is None else read_settings(settings)
     command = launch_command(accelerate)
     common = load(CommonSettings)
-    store = PolicyStore(common.data_dir / "policies")
+    store = common.policies
     planner = Planner(Base.open(common), None if start is None else store.get(start), by_preset, given)
     runs = Runs(out.expanduser().absolute(), planner.runs(chosen, file, options))
     if publish is not None:

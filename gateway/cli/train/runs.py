@@ -10,7 +10,8 @@ from pathlib import Path
 
 from gateway.cli.train.plan import Base, PlannedRun
 from sipo.errors import InvalidRequest
-from sipo.policies import BASE, POLICY_NAME, Draft, PolicySet, PolicyStore, adapter_sha256
+from sipo.policies import POLICY_NAME, Draft, PolicySet, PolicyStore, adapter_sha256
+from sipo.preferences import BASE
 from sipo.training.settings import ADAPTER, METRICS, PAIRS, Method, TrainMetrics, read_run, write_run
 
 RUN = "run.yaml"

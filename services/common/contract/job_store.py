@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from services.common.background import beside
 from services.common.contract.jobs import JobSpec, JobState
 from services.common.contract.keys import JOBS, count_field, job_key, lease_keys
 from sipo.errors import Conflict, NotFound
@@ -203,11 +204,10 @@ class JobStore:
         while not (token := await self._acquire(keys=[holder, last], args=[ttl_ms])):  # noqa: ASYNC110, its holder is elsewhere
             await asyncio.sleep(min(1.0, ttl / 3))
         lease = Lease(name, cast(int, token))
-        renewing = asyncio.create_task(self._keep(lease, holder, ttl))
         try:
-            yield lease
+            async with beside(self._keep(lease, holder, ttl)):
+                yield lease
         finally:
-            renewing.cancel()
             with suppress(RedisError):
                 await self._renew(keys=[holder], args=[lease.token, 0])
 

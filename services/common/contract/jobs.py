@@ -5,9 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from sipo.preferences import ObjectiveName, SamplingMode, Weights
+from sipo.record import Record
 from sipo.selection import Filter
 from sipo.training.data import Design
 from sipo.training.settings import TrainSettings
@@ -35,13 +36,7 @@ class JobState(StrEnum):
         return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 
 
-class Request(BaseModel):
-    """A caller's input: an unknown field is a mistake, not a wish."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class JobSpec(Request):
+class JobSpec(Record):
     """The body of POST /v1/jobs, its input aside."""
 
     policy: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")] = Field(

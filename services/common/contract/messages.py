@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from sipo.preferences import Example, SamplingMode, Weights
-from sipo.selection import Chosen, Filter
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from sipo.record import Record
+from sipo.selection import Chosen, Filter, Rewards
 
 
 class SamplingPlan(Record):
@@ -88,10 +85,6 @@ class PromptSampled(Record):
         return self.queued.id
 
 
-Rewards = dict[str, float]
-"""By model: an objective's name for its policy, format_weights(w) for the soup at w, a reward model's name for its score."""
-
-
 class ScoredCandidate(Record):
     candidate: Candidate
     rewards: Rewards | None = Field(description="None where the candidate was rejected before scoring")
@@ -112,7 +105,7 @@ class PromptDecided(Record):
     outcome: Literal["accepted", "none", "failed"]
     example: Example
     chosen: list[Chosen] = Field(default=[], description="the best first")
-    candidates: list[ScoredCandidate] = []
+    candidates: list[ScoredCandidate] = Field(default=[])
     rewards_0: Rewards | None = Field(default=None, description="of example.response_0 (y_-1)")
     rewards_1: Rewards | None = Field(default=None, description="of example.response_1 (y_1)")
     error: str | None = None

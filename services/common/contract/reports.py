@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from sipo.record import Record
 from sipo.training.settings import TrainMetrics
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Funnel(_Record):
+class Funnel(Record):
     """From prompts to accepted responses."""
 
     prompts: int
@@ -22,7 +19,7 @@ class Funnel(_Record):
     pairs: int
 
 
-class GroundTruth(_Record):
+class GroundTruth(Record):
     """Mean ground-truth rewards of one objective, over the accepted prompts."""
 
     response_0: float
@@ -30,7 +27,7 @@ class GroundTruth(_Record):
     accepted: float
 
 
-class RoundReport(_Record):
+class RoundReport(Record):
     round: int
     sampling_set: str
     reward_set: str
@@ -40,7 +37,7 @@ class RoundReport(_Record):
     policy_set: str | None = Field(description="what the round published")
 
 
-class Report(_Record):
+class Report(Record):
     job: str
     policy: str
     objectives: list[str]

@@ -22,6 +22,9 @@ ENGINE_THREADS = str(max(1, (os.cpu_count() or 1) - 1))
 SHARE_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 """For the scorer, which works beside the engine: its threads sleep while they wait for one another (a third of its CPU time)."""
 
+NO_KEYS = {"SIPO_TEACHERS": ""}
+"""For processes that ask no teacher: an empty variable counts as none."""
+
 
 def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[ProcessSpec]:
     """Queue, decoder, reviewer, scorer, trainer, worker and gateway. The gateway listens on settings.host, all others on this
@@ -52,7 +55,8 @@ def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[P
 
     def service(name: str, module: str, after: tuple[str, ...], **own: str) -> ProcessSpec:
         address = {"SIPO_HOST": settings.host if name == "gateway" else LOCAL, f"SIPO_{name.upper()}_PORT": str(ports[name])}
-        return ProcessSpec(name, (sys.executable, "-m", module), env | address | own, f"{urls[name]}/ready", after)
+        secrets = {} if name in ("worker", "gateway") else NO_KEYS
+        return ProcessSpec(name, (sys.executable, "-m", module), env | address | secrets | own, f"{urls[name]}/ready", after)
 
     if external:
         queue: list[ProcessSpec] = []

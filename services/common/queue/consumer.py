@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -20,15 +19,15 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from services.common.background import begin, end_tasks
 from services.common.contract.keys import CAPACITY, GROUP, count_field, dead, job_key
 from services.common.contract.messages import Message
 from services.common.queue.scripts import ENDED, HAND_OVER, HOLD, LEAVE, TAKE_OVER
 from services.common.queue.streams import DeadLetter
-from services.common.tasks import end_tasks
 from sipo.errors import SipoError, Unavailable
 
 UNAVAILABLE_WAIT = (0.5, 15.0)  # seconds: the first wait when something is unavailable, doubled up to the second
-POLL = 0.5  # seconds between looks for messages that others hold no more
+TAKE_OVER_POLL_SECONDS = 0.5  # seconds between looks for messages that others hold no more
 UNBOUNDED = 2**53  # a capacity: dead messages are never refused
 
 MESSAGES = Counter("sipo_queue_messages", "Deliveries by how they ended", ["stream", "outcome"])
@@ -102,13 +101,8 @@ def each(handle: Callable[[Delivery[M]], Awaitable[None]]) -> Handler[M]:
 
 @asynccontextmanager
 async def consuming(consumers: Sequence[Consumer[M]], handle: Handler[M], grace: float = 10.0) -> AsyncIterator[None]:
-    """Runs consumers beside the body, for an application's lifespan. Then they stop; what is in hand after `grace` s goes back.
-
-    A consumer that dies of a bug takes the process with it: a service that consumes no more must not look alive.
-    """
-    tasks = [asyncio.create_task(consumer.run(handle)) for consumer in consumers]
-    for task in tasks:
-        task.add_done_callback(_end_process_if_it_died)
+    """Runs consumers beside the body, for an application's lifespan. Then they stop; what is in hand after `grace` s goes back."""
+    tasks = [begin(consumer.run(handle)) for consumer in consumers]
     try:
         yield
     finally:
@@ -168,7 +162,7 @@ class Consumer(Generic[M]):
 
     async def run(self, handle: Handler[M]) -> None:
         """Takes and handles until `stop`. The queue server may be away meanwhile; what is held when cancelled is handed back."""
-        heartbeat = asyncio.create_task(self._beat())
+        heartbeat = begin(self._beat())
         try:
             await self._insist(self._join)
             while not self._stopping.is_set():
@@ -196,7 +190,7 @@ class Consumer(Generic[M]):
         while len(taken) < self.batch and not self._stopping.is_set():
             if taken and until is None:
                 until = clock() + self.linger
-            wait = min(POLL, self.visibility_ms / 1000) if until is None else until - clock()
+            wait = min(TAKE_OVER_POLL_SECONDS, self.visibility_ms / 1000) if until is None else until - clock()
             if wait <= 0 or not (entries := await self._insist(self._read, self.batch - len(taken), wait)):
                 break
             for entry, fields in entries:
@@ -360,9 +354,3 @@ class Consumer(Generic[M]):
 
 def _job_key(message: Message | None) -> str:
     return job_key("" if message is None else message.id.split("/")[0])
-
-
-def _end_process_if_it_died(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()):
-        log.critical("the consumer died", exc_info=error)
-        signal.raise_signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from sipo.decoding.request import EXTRA_ARG, LINEAR, REVERSE_KL, Entry, Mixture, Rule
+from sipo.decoding.request import EXTRA_ARG, LINEAR, REVERSE_KL, Entry, MixingRule, Mixture
 from sipo.decoding.vllm.residents import Residents, ResidentSet
 
 SLOTS = "sipo_slots"
@@ -39,7 +39,7 @@ class MixtureBatch:
         """For this forward pass: the sets in use, with each row's coefficients [tokens · slots, R]."""
         self._device = device
         self._weights: Tensor | None = None
-        self._by_rule: dict[tuple[Rule, float | None], Tensor] = {}
+        self._by_rule: dict[tuple[MixingRule, float | None], Tensor] = {}
         self._coefficients: list[tuple[ResidentSet, Tensor]] = []
         """As `active`, for one token of each request."""
         self._stale = True
@@ -87,7 +87,7 @@ class MixtureBatch:
             raise RuntimeError(f"{rows} rows of logits for {len(self.requests)} mixtures")
         return self._weights
 
-    def by_rule(self) -> dict[tuple[Rule, float | None], Tensor]:
+    def by_rule(self) -> dict[tuple[MixingRule, float | None], Tensor]:
         """Rows of the batch by rule and alpha, for the rules that `mix_hidden_states` does not cover."""
         return {} if self._dummy else self._by_rule
 
@@ -96,7 +96,7 @@ class MixtureBatch:
             raise RuntimeError(f"rows {sorted(self.requests)} have mixtures: a request came without one")
         rows = [self._padded(self.requests[row]) for row in range(len(self.requests))]
         self._weights = torch.tensor([[entry.weight for entry in row] for row in rows], device=self._device)
-        by_rule: dict[tuple[Rule, float | None], list[int]] = {}
+        by_rule: dict[tuple[MixingRule, float | None], list[int]] = {}
         for row in range(len(rows)):
             mixture = self.requests[row]
             if mixture.rule not in (REVERSE_KL, LINEAR):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from sipo.decoding.request import BASE, EXTRA_ARG, LINEAR, MOD, REVERSE_KL, Mixture, Rule, base_mixture, linear_mixture, mixture
+from sipo.decoding.request import EXTRA_ARG, LINEAR, REVERSE_KL, MixingRule, Mixture, base_mixture, linear_mixture, mixture
 from sipo.decoding.vllm import set_environment
 from sipo.decoding.vllm.worker import check_loaded
 from sipo.errors import InvalidRequest, SipoError
-from sipo.preferences import Weights
+from sipo.preferences import BASE, MOD, Weights
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -106,7 +106,7 @@ class OfflineDecoder:
         weights: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
         *,
         mode: str = MOD,
-        mixing: Rule = REVERSE_KL,
+        mixing: MixingRule = REVERSE_KL,
         mixing_alpha: float | None = None,
         **sampling: Any,
     ) -> list[Response]:
@@ -138,7 +138,9 @@ class OfflineDecoder:
     def unload(self, key: str) -> None:
         self.llm.collective_rpc("sipo_unload", args=(key,))
 
-    def _mixture(self, weights: Mapping[str, float] | None, mode: str, rule: Rule, alpha: float | None) -> tuple[Mixture, Weights]:
+    def _mixture(
+        self, weights: Mapping[str, float] | None, mode: str, rule: MixingRule, alpha: float | None
+    ) -> tuple[Mixture, Weights]:
         if mode == BASE:
             if weights is not None:
                 raise InvalidRequest("the base model has no objectives: leave out weights", param="weights")
