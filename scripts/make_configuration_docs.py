@@ -49,9 +49,6 @@ FIELDS = {name for process in PROCESSES for name in process.settings.model_field
 MADE_WHEN_READ = {"scorer_threads": "all cores"}
 """Defaults that depend on the machine, in words."""
 
-WITHOUT_DESCRIPTION = {"log_level": "the least serious lines that a process writes to its log"}
-"""Of fields whose class says nothing about them. A port's is always the same."""
-
 
 @dataclass(frozen=True)
 class Elsewhere:
@@ -81,13 +78,6 @@ ELSEWHERE = (
         "where the gateway is published, at SIPO_GATEWAY_PORT; read SECURITY.md before you say `0.0.0.0`",
     ),
     Elsewhere("SIPO_GPU", "docker-compose.yml", "a device id", "`0`", "the GPU that decoder, scorer and trainer share"),
-    Elsewhere(
-        "SIPO_SCORER_URL",
-        "nobody yet",
-        "URL",
-        "set by `sipo up` and docker-compose.yml",
-        "where rewards are asked for over HTTP",
-    ),
     Elsewhere(
         "SIPO_TEST_DATA",
         "tests",
@@ -246,9 +236,9 @@ def _default(name: str, field: FieldInfo, schema: Mapping[str, Any]) -> str:
 
 
 def _description(name: str, field: FieldInfo) -> str:
-    text = field.description or ("the port to listen on" if name.endswith("_port") else WITHOUT_DESCRIPTION[name])
+    assert field.description, f"{name} says nothing about itself"
     # It may mean another setting by its field's name; readers of the document know variables.
-    text = re.sub(r"\w+_\w+", lambda word: PREFIX + word[0].upper() if word[0] in FIELDS else word[0], text)
+    text = re.sub(r"\w+_\w+", lambda word: PREFIX + word[0].upper() if word[0] in FIELDS else word[0], field.description)
     return re.sub(r"\{.+\}", lambda example: _code(example[0]), text)  # JSON
 
 

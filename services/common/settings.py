@@ -21,7 +21,7 @@ from sipo.preferences import ObjectiveName
 PREFIX = "SIPO_"
 
 Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
-Port = Annotated[int, Field(ge=1, le=65535)]
+Port = Annotated[int, Field(ge=1, le=65535, description="the port to listen on")]
 
 
 def _fits_a_header(key: SecretStr) -> SecretStr:
@@ -53,7 +53,9 @@ class CommonSettings(BaseSettings):
     decoder_sleeps: bool = Field(
         default=False, description="the decoder gives its GPU's memory up while policies are trained, and answers nothing meanwhile"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least serious lines that a process writes to its log"
+    )
 
     @property
     def policies(self) -> PolicyStore:

@@ -10,7 +10,6 @@ from services.common.settings import CommonSettings, Port
 
 
 class DecoderSettings(CommonSettings):
-    host: str = Field(default="127.0.0.1", description="the address to listen on; 0.0.0.0 for all")
     decoder_port: Port = 8001
     decoder_slots: int = Field(default=2, ge=1, le=8, description="rows per token: how many policies one request can mix")
     decoder_sets: int = Field(default=2, ge=1, le=16, description="policy sets in memory at rest; others are loaded on demand")

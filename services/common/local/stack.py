@@ -48,7 +48,6 @@ def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[P
         "SIPO_REDIS_URL": redis_url,
         "SIPO_DECODER_URL": urls["decoder"],
         "SIPO_REVIEWER_URL": urls["reviewer"],
-        "SIPO_SCORER_URL": urls["scorer"],
     }
 
     threads = os.environ.get("SIPO_DECODER_THREADS", ENGINE_THREADS)
