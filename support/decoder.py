@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sipo.models import BUNDLED_MODEL, model_sha256
 from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
 from sipo.prompts import PromptFormat
+from support import PATIENCE
 
 START_SECONDS = 900
 """A decoder starts in about half a minute on an idle machine; test machines are not idle."""
@@ -74,7 +75,7 @@ class ServedDecoder:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                assert process.wait(60) in (0, -signal.SIGTERM)
+                assert process.wait(PATIENCE) in (0, -signal.SIGTERM)
             finally:
                 process.kill()
 

@@ -20,6 +20,7 @@ import pytest
 from services.common.local.processes import free_ports
 from sipo.datasets import bundled_examples
 from sipo.policies import PolicyStore
+from support import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +92,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield stack
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE) == 0
         assert not [child for child in psutil.process_iter(["environ"]) if _ours(child, data_dir)], "a process was left behind"
 
 
