@@ -7,8 +7,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import httpx
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import FastAPI, Request, Response
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -48,5 +47,4 @@ def create_app(settings: GatewaySettings, decoder: httpx.AsyncClient, redis: Red
 
 
 async def _queue_server_away(_request: Request, _error: Exception) -> Response:
-    error = Unavailable("the queue server does not answer; try again soon")
-    return JSONResponse(common.sipo_error_body(error), error.status, {"Retry-After": f"{error.retry_after:.0f}"})
+    return common.error_response(Unavailable("the queue server does not answer; try again soon"))

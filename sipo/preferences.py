@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -70,6 +71,11 @@ def check_objectives(objectives: Sequence[str], *, param: str = "objectives") ->
             )
 
 
+def is_finite_number(value: Any) -> bool:
+    """Of any value that JSON can hold; an integer too large for a float is not finite here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def normalize_weights(weights: Mapping[str, float], objectives: Sequence[str], *, param: str = "preference_weights") -> Weights:
     """The weights in the objectives' order, scaled to sum exactly 1.
 
@@ -82,7 +88,7 @@ def normalize_weights(weights: Mapping[str, float], objectives: Sequence[str], *
     if missing := [name for name in objectives if name not in weights]:
         raise InvalidWeights(f"no weight for {missing[0]!r}: give one for each of {names} (0 is allowed)", param=param)
     for name, value in weights.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        if not is_finite_number(value) or value < 0:
             raise InvalidWeights(f"the weight of {name!r} is {value!r}: it must be a finite number, 0 or more", param=param)
     total = sum(weights.values())
     if abs(total - 1) > SUM_TOLERANCE:

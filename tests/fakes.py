@@ -16,7 +16,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from sipo.errors import IncompatiblePolicy, Unavailable
-from sipo.policies import BaseModelRef, Manifest
+from sipo.models import BaseModelRef
+from sipo.policies import Manifest
 from sipo.prompts import PromptFormat
 
 if TYPE_CHECKING:
@@ -49,18 +50,20 @@ def write_policy_set(
 class FakeDecoder:
     """vLLM's HTTP as far as callers see it. Every answer is the words of `answer`; `bodies` keeps what was asked.
 
-    Faults: `error` (status, body) replaces the answer; `breaks_after` words a stream's connection is cut; `delay` seconds pass
-    before every word. `stopped` is set when a caller left before the end.
+    Faults: `error` (status, body) replaces the answer; `breaks_after` words a stream's connection is cut. With a semaphore as
+    `pace` every word waits for a release of it. `asked` is set when a request has come, `stopped` when a caller left before the
+    end.
     """
 
     def __init__(self) -> None:
         self.answer = "Boil it for eight minutes."
         self.finish_reason = "stop"
         self.end_token: int | None = 0
-        self.delay = 0.0
+        self.pace: asyncio.Semaphore | None = None
         self.error: tuple[int, dict[str, Any]] | None = None
         self.breaks_after: int | None = None
         self.bodies: list[dict[str, Any]] = []
+        self.asked = asyncio.Event()
         self.stopped = asyncio.Event()
         self.app = FastAPI()
         self.app.post("/v1/chat/completions")(self._complete)
@@ -80,6 +83,7 @@ class FakeDecoder:
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
+        self.asked.set()
         if self.error is not None:
             return JSONResponse(self.error[1], self.error[0])
         chat = "messages" in body
@@ -92,17 +96,18 @@ class FakeDecoder:
         }
         if body.get("stream"):
             return StreamingResponse(self._stream(reply, chat), media_type="text/event-stream")
-        leaving = asyncio.create_task(_left(request))
-        done, _ = await asyncio.wait({leaving}, timeout=self.delay * len(self.answer.split()))
-        leaving.cancel()
-        if done:
+        leaving, writing = asyncio.create_task(_left(request)), asyncio.create_task(self._write_all())
+        await asyncio.wait({leaving, writing}, return_when=asyncio.FIRST_COMPLETED)
+        if not writing.done():
             self.stopped.set()
+        leaving.cancel()
+        writing.cancel()
         text = self.write(body)
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        answer: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         if body.get("return_token_ids"):
-            said["token_ids"] = self.token_ids(text)
+            answer["token_ids"] = self.token_ids(text)
         usage = {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
-        choice = {"index": 0, "finish_reason": self.finish_reason, "logprobs": None, **said}
+        choice = {"index": 0, "finish_reason": self.finish_reason, "logprobs": None, **answer}
         return JSONResponse(
             reply | {"object": "chat.completion" if chat else "text_completion", "choices": [choice], "usage": usage}
         )
@@ -112,18 +117,26 @@ class FakeDecoder:
             for i, word in enumerate(self.answer.split()):
                 if i == self.breaks_after:
                     raise ConnectionResetError("the decoder was killed")
-                await asyncio.sleep(self.delay)
+                await self._next_word()
                 text = word if i == 0 else f" {word}"
-                said = {"delta": {"role": "assistant", "content": text}} if chat else {"text": text}
+                piece = {"delta": {"role": "assistant", "content": text}} if chat else {"text": text}
                 chunk = reply | {
                     "object": "chat.completion.chunk" if chat else "text_completion",
-                    "choices": [{"index": 0, "finish_reason": None, **said}],
+                    "choices": [{"index": 0, "finish_reason": None, **piece}],
                 }
                 yield f"data: {json.dumps(chunk)}\n\n"
             yield "data: [DONE]\n\n"
         except asyncio.CancelledError:
             self.stopped.set()
             raise
+
+    async def _write_all(self) -> None:
+        for _ in self.answer.split():
+            await self._next_word()
+
+    async def _next_word(self) -> None:
+        if self.pace is not None:
+            await self.pace.acquire()
 
 
 class WritingDecoder(FakeDecoder):

@@ -10,12 +10,11 @@ import httpx
 import typer
 
 from services.common.contract.job_store import Job
-from sipo.errors import Conflict, InvalidRequest, NotFound, SipoError, Unavailable
+from sipo.errors import SipoError, Unavailable
+from sipo.http_errors import service_error
 
 GatewayUrl = Annotated[str, typer.Option("--url", envvar="SIPO_GATEWAY_URL", help="Where the gateway listens.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
-
-_ERRORS: dict[int, type[SipoError]] = {404: NotFound, 409: Conflict, 503: Unavailable}
 
 
 class Gateway:
@@ -23,7 +22,10 @@ class Gateway:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._http = httpx.Client(base_url=url, timeout=httpx.Timeout(600, connect=5))
+        # A connection ends with its request: commands ask a few times, and nobody closes the client at their end.
+        self._http = httpx.Client(
+            base_url=url, timeout=httpx.Timeout(600, connect=5), limits=httpx.Limits(max_keepalive_connections=0)
+        )
 
     def get(self, path: str) -> Any:
         return self._request("GET", path).json()
@@ -43,7 +45,7 @@ class Gateway:
             with self._http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
                 if reply.is_error:
                     reply.read()
-                _raise_error(reply)
+                    raise self._error(reply)
                 for line in reply.iter_lines():
                     data = line.removeprefix("data: ")
                     if not data or data == "[DONE]":
@@ -60,19 +62,12 @@ class Gateway:
             reply = self._http.request(method, path, **content)
         except httpx.TransportError as error:
             raise self._unreachable() from error
-        _raise_error(reply)
+        if reply.is_error:
+            raise self._error(reply)
         return reply
+
+    def _error(self, reply: httpx.Response) -> SipoError:
+        return service_error(reply, f"the gateway at {self.url}")
 
     def _unreachable(self) -> Unavailable:
         return Unavailable(f"no gateway answers at {self.url}: start one with `sipo up`, or give --url")
-
-
-def _raise_error(reply: httpx.Response) -> None:
-    if not reply.is_error:
-        return
-    try:
-        message = reply.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = f"{reply.url} answered HTTP {reply.status_code}"
-    fallback = InvalidRequest if reply.is_client_error else SipoError
-    raise _ERRORS.get(reply.status_code, fallback)(message)

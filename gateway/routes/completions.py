@@ -19,9 +19,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat
 from starlette.types import Receive, Scope, Send
 
-from gateway.targets import resolve_target
-from services.common.web.app import sipo_error_body
-from sipo.errors import InvalidRequest, SipoError, Unavailable
+from services.common.web.app import retry_header, sipo_error_body
+from sipo.errors import InvalidRequest, Unavailable
+from sipo.http_errors import openai_error, service_error
+from sipo.targets import check_messages, check_prompt, resolve_target
 
 router = APIRouter(tags=["completions"])
 log = structlog.get_logger(__name__)
@@ -67,16 +68,14 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 
     Policies that were trained with a system text get it, unless the caller gives one.
     """
-    if not any(message.get("content") for message in body.messages):
-        raise InvalidRequest("the prompt is empty: no message has any content", param="messages")
+    check_messages(body.messages)
     return await _answer(body, request)
 
 
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """As chat, but from a plain prompt."""
-    if not body.prompt or (isinstance(body.prompt, list) and not all(part or part == 0 for part in body.prompt)):
-        raise InvalidRequest("the prompt is empty", param="prompt")
+    check_prompt(body.prompt)
     return await _answer(body, request)
 
 
@@ -137,15 +136,11 @@ async def _disconnected(request: Request) -> None:
 
 def _error(reply: httpx.Response) -> Response:
     """The decoder's own error in OpenAI's shape; what is not in that shape comes from something in between, or from a crash."""
-    try:
-        error = reply.json()["error"]
-        content = {"error": {name: error.get(name) for name in ("message", "type", "param", "code")}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if reply.status_code in (502, 503, 504):
-            raise Unavailable("the decoder is not ready; try again soon") from error
-        raise SipoError(f"the decoder failed with HTTP {reply.status_code}") from error
-    headers = {"retry-after": reply.headers.get("retry-after", "5")} if reply.status_code in (429, 503) else {}
-    return JSONResponse(content, reply.status_code, headers)
+    error, sent = service_error(reply, "the decoder"), openai_error(reply)
+    if sent is None:
+        raise error
+    content = {"error": {name: sent.get(name) for name in ("message", "type", "param", "code")}}
+    return JSONResponse(content, reply.status_code, retry_header(error))
 
 
 class _Relay(StreamingResponse):

@@ -8,9 +8,9 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
-from gateway.targets import resolve_target
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import BASE, Weights
+from sipo.targets import resolve_target
 
 router = APIRouter(tags=["models"])
 

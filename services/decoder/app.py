@@ -25,6 +25,7 @@ from services.decoder.sleeping import Sleeper, Sleeps, State, refusal
 from sipo.decoding.request import EXTRA_ARG
 from sipo.errors import Conflict, InvalidRequest, Unavailable
 from sipo.models import model_sha256, resolve_model
+from sipo.targets import check_messages, check_prompt
 
 log = structlog.get_logger(__name__)
 
@@ -158,11 +159,9 @@ def _check_body(body: dict[str, Any]) -> None:
     if not isinstance(body.get("structured_outputs", {}), dict | None):
         raise InvalidRequest('structured_outputs must be an object, as {"choice": ["yes", "no"]}', param="structured_outputs")
     if "messages" in body:
-        messages = body["messages"]
-        if isinstance(messages, list) and not any(isinstance(message, dict) and message.get("content") for message in messages):
-            raise InvalidRequest("the prompt is empty: no message has any content", param="messages")
-    elif body.get("prompt") in ("", []):
-        raise InvalidRequest("the prompt is empty", param="prompt")
+        check_messages(body["messages"])
+    else:
+        check_prompt(body.get("prompt"))
 
 
 class MixedResponse(Response):

@@ -17,12 +17,13 @@ from sipo.decoding.request import (
     Mixture,
     base_mixture,
     check_coefficients,
-    mixture,
+    normalized_mixture,
     policy_entry,
 )
 from sipo.errors import InvalidRequest
 from sipo.policies import PolicySet, PolicyStore
-from sipo.preferences import BASE, MOD, parse_weights
+from sipo.preferences import BASE, MOD
+from sipo.targets import Target, resolve_target
 
 
 class ChoiceFields(BaseModel):
@@ -62,26 +63,26 @@ class Chooser:
 
     def choose(self, fields: ChoiceFields) -> Choice:
         """Reads the store: a name means the set that is current at this moment. Raises the InvalidRequest family or NotFound."""
-        name, at, inline = (fields.model or "").partition("@")
-        weights = fields.preference_weights
-        if at:
-            if weights is not None:
-                raise InvalidRequest("weights are given twice: in model and in preference_weights", param="preference_weights")
-            weights = parse_weights(inline, param="model")
-        reference = fields.policy_set or name
-        if not reference:
-            raise InvalidRequest("name a policy as model, for example demo or demo:2", param="model")
-        policy_set = None if reference in (BASE, self._settings.model) else self._get(reference)
+        target = resolve_target(
+            self._store,
+            fields.model or "",
+            fields.preference_weights,
+            policy_set=fields.policy_set,
+            base_names=(BASE, self._settings.model),
+        )
+        policy_set = target.policy_set
+        if policy_set is not None:
+            policy_set.check_base(self._base_sha256)
         if fields.mixing == LINEAR:
-            return self._linear(policy_set, fields, weights)
+            return self._linear(target, fields)
         if fields.coefficients is not None:
             raise InvalidRequest("coefficients belong to mixing linear: leave them out, or add it", param="coefficients")
         if policy_set is None or fields.mode == BASE:
-            return _base(fields, weights)
-        chosen, effective = mixture(
+            return _base(target, fields)
+        chosen, effective = normalized_mixture(
             resident_key(policy_set),
             policy_set.objectives,
-            weights,
+            target.weights,
             fields.mode or MOD,
             rule=fields.mixing or REVERSE_KL,
             alpha=fields.mixing_alpha,
@@ -92,9 +93,10 @@ class Chooser:
             shown["mixing"] = chosen.rule
         return Choice(chosen, (policy_set,), shown)
 
-    def _linear(self, policy_set: PolicySet | None, fields: ChoiceFields, weights: dict[str, Any] | None) -> Choice:
+    def _linear(self, target: Target, fields: ChoiceFields) -> Choice:
         """Free coefficients over "base", the objectives of the request's own set, and "NAME:VERSION/OBJECTIVE" of any other."""
-        if weights is not None or fields.mode is not None or fields.mixing_alpha is not None:
+        policy_set = target.policy_set
+        if target.weights is not None or fields.mode is not None or fields.mixing_alpha is not None:
             raise InvalidRequest("linear mixing has coefficients only: leave out weights, mode and mixing_alpha", param="mixing")
         if fields.coefficients is None:
             raise InvalidRequest('linear mixing needs coefficients, as {"base": 1, "helpful": 0.5}', param="coefficients")
@@ -137,11 +139,11 @@ class Chooser:
             )
 
 
-def _base(fields: ChoiceFields, weights: dict[str, Any] | None) -> Choice:
-    if weights is not None:
-        raise InvalidRequest("the base model has no objectives: leave out preference_weights", param="preference_weights")
+def _base(target: Target, fields: ChoiceFields) -> Choice:
+    if target.weights is not None:
+        raise InvalidRequest("mode 'base' has no policies to weigh: leave out preference_weights", param="preference_weights")
     if fields.mode not in (None, BASE):
-        raise InvalidRequest(f"mode {fields.mode!r} needs a policy set; {fields.model!r} is the base model", param="mode")
+        raise InvalidRequest(f"mode {fields.mode!r} needs a policy set, and this request names the base model", param="mode")
     if fields.mixing is not None or fields.mixing_alpha is not None:
         raise InvalidRequest("the base is one model, there is nothing to mix: leave out mixing", param="mixing")
     return Choice(base_mixture(), (), {"policy_set": BASE, "preference_weights": {}})

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sipo.errors import InvalidRequest
-from sipo.preferences import BASE, MOD, SOUP, Weights, normalize_weights, one_hot_weights, uniform_weights
+from sipo.preferences import BASE, MOD, SOUP, Weights, is_finite_number, normalize_weights, one_hot_weights, uniform_weights
 
 EXTRA_ARG = "sipo"
 """The key in vLLM's SamplingParams.extra_args (vllm_xargs in HTTP bodies) under which a Mixture travels, as JSON."""
@@ -86,11 +86,25 @@ def mixture(
     rule: str = REVERSE_KL,
     alpha: float | None = None,
 ) -> tuple[Mixture, Weights]:
+    """As normalized_mixture, at weights as callers offline give them: raises InvalidWeights too."""
+    checked = None if weights is None else normalize_weights(weights, objectives)
+    return normalized_mixture(policy_set, objectives, checked, mode, rule=rule, alpha=alpha)
+
+
+def normalized_mixture(
+    policy_set: str,
+    objectives: Sequence[str],
+    weights: Weights | None = None,
+    mode: str = MOD,
+    *,
+    rule: str = REVERSE_KL,
+    alpha: float | None = None,
+) -> tuple[Mixture, Weights]:
     """A mode's entries over one set, and the weights in effect (uniform where none are given, one-hot for a single policy).
 
     `mode` is "mod", "soup" (the exact weighted sum of the deltas), or an objective's name for its policy alone; `rule` says how MOD
-    mixes (sipo.decoding.mixing), `alpha` belongs to "alpha_divergence". Raises InvalidWeights, or InvalidRequest for an unknown
-    mode or rule and for what the mode has no use for.
+    mixes (sipo.decoding.mixing), `alpha` belongs to "alpha_divergence". Raises InvalidRequest for an unknown mode or rule, and for
+    what the mode has no use for.
     """
     _check_mixing(mode, rule, alpha)
     if mode not in (MOD, SOUP):
@@ -100,7 +114,7 @@ def mixture(
         if weights is not None:
             raise InvalidRequest(f"mode {mode!r} is a single policy: leave out preference_weights", param="preference_weights")
         weights = one_hot_weights(mode, objectives)
-    effective = uniform_weights(objectives) if weights is None else normalize_weights(weights, objectives)
+    effective = uniform_weights(objectives) if weights is None else weights
     if mode == MOD:
         entries = [policy_entry(policy_set, objectives, name, weight) for name, weight in effective.items()]
         if rule == "jensen_shannon":
@@ -132,7 +146,7 @@ def linear_mixture(policy_set: str, objectives: Sequence[str], coefficients: Map
 def check_coefficients(coefficients: Mapping[str, Any], limit: float) -> None:
     """Linear mixing's coefficients by model: finite numbers between -limit and limit, not all 0. Raises InvalidRequest."""
     for name, value in coefficients.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > limit:
+        if not is_finite_number(value) or abs(value) > limit:
             raise InvalidRequest(
                 f"the coefficient of {name!r} is {value!r}: it must be a number between {-limit:g} and {limit:g}",
                 param="coefficients",

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sipo.errors import InvalidRequest, NotFound, SipoError, Unavailable
+from sipo.errors import InvalidRequest, NotFound, SipoError
+from sipo.http_errors import asking, endpoint_error, quoted
 from sipo.models import model_folder
 
 if TYPE_CHECKING:
@@ -126,9 +127,9 @@ def _output(name: str, config: Any, label: str) -> int:
     }
     if label in outputs:
         return outputs[label]
-    asked = f"has no label {label!r}" if label else f"has {config.num_labels} outputs"
+    problem = f"has no label {label!r}" if label else f"has {config.num_labels} outputs"
     raise InvalidRequest(
-        f"the reward model {name} {asked}: name one of {', '.join(config.id2label.values())}, as in hf:{name}#LABEL"
+        f"the reward model {name} {problem}: name one of {', '.join(config.id2label.values())}, as in hf:{name}#LABEL"
     )
 
 
@@ -172,45 +173,26 @@ class _Endpoint:
         if not url.host:
             raise _no_address(address)
         self._url = url
-        self._name = f"reward model at {url.copy_with(userinfo=b'', query=None)}"  # secrets stay out of messages
+        self._name = f"the reward model at {url.copy_with(userinfo=b'', query=None)}"  # secrets stay out of messages
         self._http = httpx.Client(timeout=TIMEOUT)
 
     def __call__(self, prompt: str, responses: Sequence[str]) -> list[float]:
         if not responses:
             return []
-        try:
+        with asking(self._name):
             reply = self._http.post(self._url, json={"text_1": prompt, "text_2": list(responses)})
-        except httpx.TransportError as error:
-            raise Unavailable(f"the {self._name} does not answer ({type(error).__name__})") from error
-        except httpx.RequestError as error:
-            raise SipoError(f"the {self._name} sent what cannot be read: {error}") from error
         if not reply.is_success:
-            raise self._error(reply)
+            raise endpoint_error(reply, self._name, refusal=InvalidRequest)
         try:
-            scores = sorted(_Scores.model_validate_json(reply.content).data, key=lambda one: one.index)
+            scores = sorted(_Scores.model_validate_json(reply.content).data, key=lambda score: score.index)
         except ValidationError as error:
             raise SipoError(
-                f'the {self._name} sent {reply.text[:200]!r}, not {{"data": [{{"index": 0, "score": 0.5}}, …]}} like vLLM\'s /score'
+                f'{self._name} sent {quoted(reply)!r}, not {{"data": [{{"index": 0, "score": 0.5}}, …]}} like vLLM\'s /score'
             ) from error
-        if [one.index for one in scores] != list(range(len(responses))):
-            raise SipoError(
-                f"the {self._name} sent {len(scores)} scores, with the indices {[one.index for one in scores]}, "
-                f"for {len(responses)} responses"
-            )
-        return [one.score for one in scores]
-
-    def _error(self, reply: httpx.Response) -> SipoError:
-        try:
-            said = str(reply.json()["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            said = reply.text[:200]
-        message = f"the {self._name} answered HTTP {reply.status_code}: {said}"
-        if reply.status_code in (429, 502, 503, 504):
-            try:
-                return Unavailable(message, retry_after=float(reply.headers["retry-after"]))
-            except (KeyError, ValueError):
-                return Unavailable(message)
-        return InvalidRequest(message) if reply.is_client_error else SipoError(message)
+        indices = [score.index for score in scores]
+        if indices != list(range(len(responses))):
+            raise SipoError(f"{self._name} sent {len(scores)} scores, with the indices {indices}, for {len(responses)} responses")
+        return [score.score for score in scores]
 
 
 class _InstalledFunction:

@@ -59,17 +59,16 @@ async def test_an_answer_carries_the_effective_weights(client: openai.AsyncOpenA
 
 
 async def test_a_stream_arrives_word_by_word(client: openai.AsyncOpenAI, decoder: FakeDecoder) -> None:
-    decoder.delay = 0.1
-    stream = await client.chat.completions.create(model="demo@concise=1,warm=0", messages=MESSAGES, stream=True)
-    clock = asyncio.get_running_loop().time
-    words, times = [], []
-    async for chunk in stream:
-        words.append(chunk.choices[0].delta.content)
-        times.append(clock())
-        assert chunk.model_extra is not None
-        assert chunk.model_extra["preference_weights"] == {"concise": 1, "warm": 0}
+    """The decoder writes a word only when the one before has arrived: from a gateway that buffers, none ever would."""
+    decoder.pace = asyncio.Semaphore(1)
+    words = []
+    async with asyncio.timeout(PATIENCE):
+        async for chunk in await client.chat.completions.create(model="demo@concise=1,warm=0", messages=MESSAGES, stream=True):
+            words.append(chunk.choices[0].delta.content)
+            assert chunk.model_extra is not None
+            assert chunk.model_extra["preference_weights"] == {"concise": 1, "warm": 0}
+            decoder.pace.release()
     assert "".join(word or "" for word in words) == decoder.answer
-    assert times[-1] - times[0] > 0.1 * (len(words) - 2), "the words came together: the stream was buffered"
 
 
 async def test_plain_completions_stream_too(client: openai.AsyncOpenAI, decoder: FakeDecoder) -> None:
@@ -102,24 +101,23 @@ async def test_a_decoder_that_dies_in_mid_stream_raises_at_the_caller(client: op
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_caller_who_leaves_stops_the_decoder(client: openai.AsyncOpenAI, decoder: FakeDecoder, stream: bool) -> None:
-    decoder.delay = 0.3
-    decoder.answer = "word " * 100
-    asking = asyncio.create_task(_consume(client, stream))
+    """He leaves when the first word of his stream is there, or without a stream when the decoder is at work; it never ends."""
+    decoder.pace = asyncio.Semaphore(1)
+    arrived = asyncio.Event()
+
+    async def ask() -> None:
+        if stream:
+            async for _ in await client.chat.completions.create(model="demo", messages=MESSAGES, stream=True):
+                arrived.set()
+        else:
+            await client.chat.completions.create(model="demo", messages=MESSAGES)
+
+    asking = asyncio.create_task(ask())
     async with asyncio.timeout(PATIENCE):
-        while not decoder.bodies:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    await asyncio.sleep(0.4)
-    asking.cancel()
-    async with asyncio.timeout(PATIENCE):
+        await (arrived if stream else decoder.asked).wait()
+        asking.cancel()
         await decoder.stopped.wait()
-
-
-async def _consume(client: openai.AsyncOpenAI, stream: bool) -> None:
-    if stream:
-        async for _ in await client.chat.completions.create(model="demo", messages=MESSAGES, stream=True):
-            pass
-    else:
-        await client.chat.completions.create(model="demo", messages=MESSAGES)
+    await asyncio.wait([asking])
 
 
 async def test_models_are_listed_and_retrieved(client: openai.AsyncOpenAI) -> None:

@@ -35,8 +35,8 @@ def reviewer(service: Service) -> ReviewerClient:
 
 
 def choice(index: int, text: str, *, chat: bool) -> dict[str, Any]:
-    said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    return {"index": index, "finish_reason": "stop", "token_ids": [index, 2], **said}
+    answer: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    return {"index": index, "finish_reason": "stop", "token_ids": [index, 2], **answer}
 
 
 async def test_messages_go_to_the_chat_route_with_weights_and_set() -> None:

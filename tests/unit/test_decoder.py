@@ -136,6 +136,8 @@ def test_a_set_that_needs_more_slots_says_how_to_start_the_decoder(store: Policy
         {"model": "base", "mode": "soup"},
         {"model": "base", "preference_weights": WEIGHTS},
         {"model": "demo@concise=1,warm=0", "preference_weights": WEIGHTS},
+        {"model": "demo", "mode": "base", "preference_weights": WEIGHTS},
+        {"model": "demo", "preference_weights": {"concise": 10**400, "warm": 0}},
         {"model": "demo@concise", "preference_weights": None},
         {"model": "foreign"},
         {"model": "../demo"},
@@ -157,6 +159,7 @@ def test_a_set_that_needs_more_slots_says_how_to_start_the_decoder(store: Policy
         {"model": "demo", "mixing": "linear", "coefficients": {"base": 11}},
         {"model": "demo", "mixing": "linear", "coefficients": {"base": math.nan}},
         {"model": "demo", "mixing": "linear", "coefficients": {"base": math.inf}},
+        {"model": "demo", "mixing": "linear", "coefficients": {"base": 10**400}},
         {"model": "demo", "mixing": "linear", "coefficients": {"base": "1"}},
         {"model": "demo", "mixing": "linear", "coefficients": {"base": True}},
         {"model": "demo", "mixing": "linear", "coefficients": {"kind": 1}},
@@ -333,6 +336,15 @@ async def test_what_is_no_request_is_a_callers_error(client: httpx.AsyncClient, 
     reply = await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
 
     assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize("empty", [{"prompt": ""}, {"prompt": []}, {"prompt": ["Hi", ""]}, {"messages": [{"role": "user"}]}])
+async def test_an_empty_prompt_does_not_reach_the_engine(client: httpx.AsyncClient, empty: dict[str, Any]) -> None:
+    reply = await client.post("/v1/completions", json={"model": "demo", **empty})
+
+    error = reply.json()["error"]
+    assert (reply.status_code, [error["param"]]) == (400, list(empty))
+    assert "empty" in error["message"]
 
 
 async def test_until_the_engine_is_there_requests_are_told_to_come_back(data_dir: Path, tiny_base: Path) -> None:

@@ -154,8 +154,9 @@ async def test_plain_completions_go_the_same_way(gateway: httpx.AsyncClient, dec
     reply = await gateway.post("/v1/completions", json={"model": "demo@concise=1,warm=0", "prompt": "Once"})
     assert reply.json()["choices"][0]["text"] == decoder.answer
     assert decoder.bodies[0]["prompt"] == "Once"
-    empty = await gateway.post("/v1/completions", json={"model": "demo", "prompt": ""})
-    assert (empty.status_code, empty.json()["error"]["param"]) == (400, "prompt")
+    for prompt in ("", [], [""], [[]]):
+        empty = await gateway.post("/v1/completions", json={"model": "demo", "prompt": prompt})
+        assert (empty.status_code, empty.json()["error"]["param"]) == (400, "prompt")
 
 
 async def test_the_decoders_errors_come_through(gateway: httpx.AsyncClient, decoder: FakeDecoder) -> None:
@@ -167,9 +168,15 @@ async def test_the_decoders_errors_come_through(gateway: httpx.AsyncClient, deco
     decoder.error = (502, {"detail": "bad gateway"})
     reply = await ask(gateway, model="demo")
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
-    decoder.error = (500, {})
-    reply = await ask(gateway, model="demo")
-    assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+    for error in ((500, {}), (404, {"detail": "Not Found"})):  # the caller asked for nothing that a decoder has not
+        decoder.error = error
+        reply = await ask(gateway, model="demo")
+        assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+    full = {"error": {"message": "full", "type": "rate_limit_error", "param": None, "code": "429"}}
+    for status in (429, 503):
+        decoder.error = (status, full)
+        reply = await ask(gateway, model="demo")
+        assert (reply.status_code, reply.json(), reply.headers["retry-after"]) == (status, full, "5")
 
 
 async def test_a_decoder_that_is_down_means_503_with_retry_after(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_weights_come_back_in_the_objectives_order_and_sum_to_exactly_one() -> N
         ({"helpful": 0.7, "harmless": 0.4}, "sum to 1.1"),
         ({"helpful": math.nan, "harmless": 1.0}, "finite number"),
         ({"helpful": math.inf, "harmless": 1.0}, "finite number"),
+        ({"helpful": 10**400, "harmless": 0.0}, "finite number"),
         ({"helpful": True, "harmless": 0.0}, "finite number"),
         ({"helpful": "1", "harmless": 0.0}, "finite number"),
         ({}, "no weight for 'helpful'"),

@@ -319,7 +319,7 @@ def test_an_endpoint_that_does_not_answer_may_work_later_and_its_password_stays_
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "says"),
     [
         ({"error": {"message": "too long: at most 512 tokens", "type": "BadRequestError", "code": 400}}, "at most 512 tokens"),
         ({"detail": "no such model"}, "no such model"),
@@ -327,15 +327,15 @@ def test_an_endpoint_that_does_not_answer_may_work_later_and_its_password_stays_
         (["odd"], "odd"),
     ],
 )
-def test_a_request_that_an_endpoint_refuses_comes_with_its_message(server: ScoreServer, body: Any, said: str) -> None:
+def test_a_request_that_an_endpoint_refuses_comes_with_its_message(server: ScoreServer, body: Any, says: str) -> None:
     for status in (400, 404, 422):
         server.reply = (status, body, {})
-        with pytest.raises(InvalidRequest, match=rf"HTTP {status}: .*{said}"):
+        with pytest.raises(InvalidRequest, match=rf"HTTP {status}: .*{says}"):
             open_reward_model(server.url)(PROMPT, ["a", "b"])
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "headers", "said"),
+    ("status", "body", "headers", "says"),
     [
         (200, b"Hello", {}, "sent 'Hello', not"),
         (200, b"\xff\xfe", {}, "not {"),
@@ -351,10 +351,10 @@ def test_a_request_that_an_endpoint_refuses_comes_with_its_message(server: Score
     ],
 )
 def test_a_reply_that_is_no_list_of_scores_says_what_came(
-    server: ScoreServer, status: int, body: Any, headers: dict[str, str], said: str
+    server: ScoreServer, status: int, body: Any, headers: dict[str, str], says: str
 ) -> None:
     server.reply = (status, body, headers)
-    with pytest.raises(SipoError, match=said) as caught:
+    with pytest.raises(SipoError, match=says) as caught:
         open_reward_model(server.url)(PROMPT, ["a", "b"])
     assert type(caught.value) is SipoError
 

@@ -81,10 +81,18 @@ def sipo_error_body(error: SipoError) -> dict[str, dict[str, str | None]]:
     return error_body(error.message, error.status, error.code, error.param)
 
 
+def error_response(error: SipoError) -> Response:
+    return JSONResponse(sipo_error_body(error), error.status, retry_header(error))
+
+
+def retry_header(error: SipoError) -> dict[str, str]:
+    """When to come back, in whole seconds, if the error says so."""
+    return {"Retry-After": f"{error.retry_after:.0f}"} if isinstance(error, Unavailable) else {}
+
+
 async def _sipo_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, SipoError)
-    headers = {"Retry-After": f"{error.retry_after:.0f}"} if isinstance(error, Unavailable) else None
-    return JSONResponse(sipo_error_body(error), error.status, headers)
+    return error_response(error)
 
 
 async def _invalid(_request: Request, error: Exception) -> Response:
@@ -117,8 +125,8 @@ class Requests:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        callers_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = callers_id if _REQUEST_ID.fullmatch(callers_id) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         status, begin = 0, time.perf_counter()
 

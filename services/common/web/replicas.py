@@ -16,7 +16,7 @@ PAUSE = 5.0
 class _Replica:
     url: httpx.URL
     running: int = 0
-    asked: int = 0
+    requests: int = 0
     reached_again: float = 0.0
     """Moment (monotonic) before which others are preferred."""
 
@@ -39,7 +39,7 @@ class ReplicaTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         content = await request.aread()
         now = time.monotonic()
-        order = sorted(self._replicas, key=lambda replica: (replica.reached_again > now, replica.running, replica.asked))
+        order = sorted(self._replicas, key=lambda replica: (replica.reached_again > now, replica.running, replica.requests))
         for replica in order[:-1]:
             try:
                 reply = await self._ask(replica, request, content)
@@ -60,7 +60,7 @@ class ReplicaTransport(httpx.AsyncBaseTransport):
             request.method, request.url.copy_with(**place), headers=headers, content=content, extensions=request.extensions
         )
         replica.running += 1
-        replica.asked += 1
+        replica.requests += 1
         try:
             reply = await self._inner.handle_async_request(onward)
         except BaseException as error:
