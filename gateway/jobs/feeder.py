@@ -124,6 +124,6 @@ def read_prompts(files: JobFiles, job: Job) -> Prompts:
     rows = chosen_rows(job.spec, examples)
     if job.round > 1 and job.spec.round_prompts == "unresolved":
         decisions = read_decisions(files.decisions)
-        resolved = {int(one.prompt) for one in decisions if one.round < job.round and one.outcome == "accepted"}
+        resolved = {int(decision.prompt) for decision in decisions if decision.round < job.round and decision.outcome == "accepted"}
         rows = [row for row in rows if row not in resolved]
     return [(row, examples[row]) for row in rows]

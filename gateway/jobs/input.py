@@ -35,8 +35,8 @@ def settle_spec(
     objectives = _objectives(spec, examples, policies)
     for name in objectives:
         if not any(name in example.labels for example in examples):
-            found = ", ".join(sorted({label for example in examples for label in example.labels}))
-            raise InvalidRequest(f"no example has a label for {name!r}: the labels found are {found}", param="objectives")
+            labels = ", ".join(sorted({label for example in examples for label in example.labels}))
+            raise InvalidRequest(f"no example has a label for {name!r}: the labels found are {labels}", param="objectives")
     _check_training(spec, objectives)
     for name in spec.filter.reward_models:
         if name not in reward_models:
@@ -115,7 +115,7 @@ def _start(spec: JobSpec, policies: PolicyStore) -> PolicySet:
                 param="policy",
             )
         return current
-    versions = {one.id: one for one in policies.sets() if one.manifest.name == spec.policy}
+    versions = {policy_set.id: policy_set for policy_set in policies.sets() if policy_set.manifest.name == spec.policy}
     if spec.sampling_set not in versions:
         known = ", ".join(versions) or "none yet"
         raise InvalidRequest(

@@ -99,7 +99,7 @@ async def create_job(request: Request) -> Job:
 
 @router.get("")
 async def list_jobs(request: Request) -> JobList:
-    """All jobs, newest first."""
+    """All jobs that this release can read, newest first."""
     return JobList(data=await _jobs(request).list())
 
 

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobState
+from services.common.contract.keys import CANDIDATES, DECISIONS, PROMPTS
 from services.common.contract.messages import Message, PromptDecided, PromptQueued, PromptSampled
-from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Queue
-from services.common.queue.streams import DeadLetter
+from services.common.queue import DeadLetter, Queue
 from sipo.errors import InvalidRequest, NotFound
 
 router = APIRouter(prefix="/v1/queue", tags=["queue"])
@@ -104,12 +104,12 @@ async def requeue(body: Requeue, request: Request) -> Requeued:
     requeued = 0
     for name, (stream, _) in STREAMS.items():
         going = [message for message, why in zip(chosen, reasons, strict=True) if message.stream == name and not why]
-        went = await queue.requeue(stream, [message.entry for message in going])
-        if went < len(going):  # those that are there no more, another operator has put back
-            still = {entry for entry, _ in await queue.dead(stream)}
+        moved = await queue.requeue(stream, [message.entry for message in going])
+        if moved < len(going):  # those that are there no more, another operator has put back
+            still_dead = {entry for entry, _ in await queue.dead(stream)}
             full = f"there is no room in {name}: try again when some of it is done"
-            stayed += [_stayed(message, full) for message in going if message.entry in still]
-        requeued += went
+            stayed += [_stayed(message, full) for message in going if message.entry in still_dead]
+        requeued += moved
     return Requeued(requeued=requeued, left=len(stayed), stayed=stayed)
 
 
@@ -119,7 +119,7 @@ def why_it_stays(message: DeadMessage, jobs: Mapping[str, Job]) -> str | None:
         return "it cannot be read, so it would only die again"
     job = jobs.get(message.job)
     if job is None:
-        return f"there is no job {message.job}"
+        return f"there is no job {message.job} that this release reads"
     if job.state.ended:
         return f"{job.id} is {job.state}, so it would be dropped"
     if job.state != JobState.GENERATING or job.round != message.round:
@@ -128,11 +128,11 @@ def why_it_stays(message: DeadMessage, jobs: Mapping[str, Job]) -> str | None:
 
 
 def _check_entries(entries: Sequence[str], chosen: Sequence[DeadMessage]) -> None:
-    found = Counter(message.entry for message in chosen)
-    if unknown := [entry for entry in entries if not found[entry]]:
-        there = "GET /v1/queue/dead lists what there is"
-        raise NotFound(f"not among the dead messages that were asked for: {', '.join(unknown)}; {there}", param="entries")
-    if shared := [entry for entry in entries if found[entry] > 1]:  # what dies in the same ms has the same id in each stream
+    times = Counter(message.entry for message in chosen)
+    if unknown := [entry for entry in entries if not times[entry]]:
+        hint = "GET /v1/queue/dead lists what there is"
+        raise NotFound(f"not among the dead messages that were asked for: {', '.join(unknown)}; {hint}", param="entries")
+    if shared := [entry for entry in entries if times[entry] > 1]:  # what dies in the same ms has the same id in each stream
         raise InvalidRequest(f"more than one stream has a dead message {', '.join(shared)}: give the stream too", param="stream")
 
 
@@ -144,14 +144,14 @@ async def _dead(request: Request, wanted: Requeue) -> list[DeadMessage]:
     """Those that match, oldest first. NotFound for a job that nobody knows, so that a slip is not taken for good news."""
     if wanted.job is not None:
         await _jobs(request).get(wanted.job)
-    found = [
+    messages = [
         _describe(name, entry, letter)
         for name, (stream, _) in STREAMS.items()
         if wanted.stream in (None, name)
         for entry, letter in await _queue(request).dead(stream)
         if wanted.entries is None or entry in wanted.entries
     ]
-    matching = [message for message in found if wanted.job in (None, message.job)]
+    matching = [message for message in messages if wanted.job in (None, message.job)]
     return sorted(matching, key=lambda message: tuple(map(int, message.entry.split("-"))))
 
 
@@ -162,8 +162,7 @@ def _describe(name: StreamName, entry: str, letter: DeadLetter) -> DeadMessage:
         message = model.model_validate_json(letter.data)
     except ValidationError:
         return dead
-    prompt = message.queued if isinstance(message, PromptSampled) else message
-    return dead.model_copy(update={"job": prompt.job, "round": prompt.round, "prompt": prompt.prompt})
+    return dead.model_copy(update={"job": message.job, "round": message.round, "prompt": message.prompt})
 
 
 def _queue(request: Request) -> Queue:

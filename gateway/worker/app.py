@@ -11,10 +11,12 @@ from redis.asyncio import Redis
 
 from gateway.worker.generation import Generator, as_failed
 from gateway.worker.settings import WorkerSettings
+from services.common.contract.keys import CANDIDATES, PROMPTS
 from services.common.contract.messages import PromptQueued
-from services.common.queue import CANDIDATES, PROMPTS, Consumer, Delivery, consuming, each, unanswered
+from services.common.queue import Consumer, Delivery, consuming, each, unanswered
 from services.common.web import app as common
-from services.common.web.clients import DecoderClient, ReviewerClient, TeacherClient
+from services.common.web.clients import DecoderClient, ReviewerClient
+from services.common.web.teachers import TeacherClient
 
 
 def create_app(settings: WorkerSettings, redis: Redis, decoder: DecoderClient, reviewer: ReviewerClient) -> FastAPI:
@@ -22,7 +24,7 @@ def create_app(settings: WorkerSettings, redis: Redis, decoder: DecoderClient, r
     generator = Generator(decoder, reviewer, settings.policies, teachers)
 
     async def make_candidates(delivery: Delivery[PromptQueued]) -> None:
-        await delivery.done(CANDIDATES, await generator.generate(delivery.message), counts={"sampled": 1})
+        await delivery.hand_on(CANDIDATES, await generator.generate(delivery.message), counts={"sampled": 1})
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -11,9 +11,10 @@ from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from services.common.contract.keys import DECISIONS
 from services.common.contract.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import DECISIONS
-from services.common.web.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient, TeacherClient
+from services.common.web.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient
+from services.common.web.teachers import TeacherClient
 from sipo.errors import NotFound
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights
@@ -43,7 +44,7 @@ class Generator:
         ]
         distilled = [self.distil(queued, policies, teacher, k) for teacher, count in plan.teachers.items() for k in range(count)]
         made = await together([*chains, *distilled])
-        return PromptSampled(queued=queued, candidates=[one for some in made for one in some])
+        return PromptSampled(queued=queued, candidates=[candidate for candidates in made for candidate in candidates])
 
     async def distil(self, queued: PromptQueued, policies: PolicySet, teacher: str, k: int) -> list[Candidate]:
         """Answer number k of a teacher, who is asked as the policies are but for their weights; it is not rewritten."""
@@ -77,14 +78,14 @@ class Chain:
 
     async def sample(self) -> Candidate:
         """y^s of Eq. 3, under w_m."""
-        [written] = await self.by.decoder.chat(
+        [completion] = await self.by.decoder.chat(
             self.policies.manifest.prompt_format.request(self.prompt),
             max_tokens=self.plan.max_tokens,
             weights=self.weights,
             priority=JOB_PRIORITY,
             **self._common("sample"),
         )
-        return self._candidate(written, "sample", None)
+        return self._candidate(completion, "sample", None)
 
     async def review(self, sample: Candidate) -> str:
         """y^v of Eq. 4, under w_e."""
@@ -99,7 +100,7 @@ class Chain:
 
     async def rewrite(self, sample: Candidate, review: str) -> Candidate:
         """y^a of Eq. 5, under the w_m of its sample."""
-        written = await self.by.reviewer.rewrite(
+        completion = await self.by.reviewer.rewrite(
             self.prompt,
             sample.text,
             review,
@@ -108,7 +109,7 @@ class Chain:
             weights=self.weights,
             **self._common("rewrite"),
         )
-        return self._candidate(written, "rewrite", review)
+        return self._candidate(completion, "rewrite", review)
 
     @property
     def plan(self) -> SamplingPlan:
@@ -126,11 +127,11 @@ class Chain:
             "seed": seed_of(self.queued, self.place, stage),
         }
 
-    def _candidate(self, written: Completion, stage: Literal["sample", "rewrite"], review: str | None) -> Candidate:
+    def _candidate(self, completion: Completion, stage: Literal["sample", "rewrite"], review: str | None) -> Candidate:
         return Candidate(
-            text=written.text,
-            token_ids=written.token_ids,
-            finish_reason=written.finish_reason,
+            text=completion.text,
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
             weights=self.weights,
             stage=stage,
             review=review,

@@ -15,8 +15,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from redis.asyncio import Redis
 
+from services.common.contract.keys import CANDIDATES, DECISIONS
 from services.common.contract.messages import PromptSampled
-from services.common.queue import CANDIDATES, DECISIONS, Consumer, Delivery, consuming, each, unanswered
+from services.common.queue import Consumer, Delivery, consuming, each, unanswered
 from services.common.web import app as common
 from services.scorer.scoring import Asked, Given, Scorer, as_failed
 from services.scorer.settings import ScorerSettings
@@ -86,7 +87,7 @@ def create_app(settings: ScorerSettings, redis: Redis) -> FastAPI:
             app.state.scorer = scorer
 
             async def decide(delivery: Delivery[PromptSampled]) -> None:
-                await delivery.done(DECISIONS, await scorer.decide(delivery.message))
+                await delivery.hand_on(DECISIONS, await scorer.decide(delivery.message))
 
             # One consumer a message, so that one that is decided makes room for the next at once.
             consumers = [
@@ -108,29 +109,30 @@ def _scorer(request: Request) -> Scorer:
 
 async def rewards(request: RewardsRequest, scorer: Annotated[Scorer, Depends(_scorer)]) -> RewardsReply | StreamingResponse:
     """All of a request is checked before its first response is scored."""
-    responses = [Given(one.text, one.token_ids, ended=one.finish_reason == "stop") for one in request.responses]
+    responses = [Given(response.text, response.token_ids, ended=response.finish_reason == "stop") for response in request.responses]
     asked = await asyncio.to_thread(scorer.ask, request.policy_set, request.prompt, responses, request.weights)
     header = RewardsHeader(policy_set=asked.policy_set, names=[*asked.objectives, *map(format_weights, asked.soups)])
-    found = _finite(asked, scorer.rewards(asked, length_normalized=request.length_normalized))
+    finite = _finite(asked, scorer.rewards(asked, length_normalized=request.length_normalized))
     if request.stream:
-        return StreamingResponse(_lines(header, found), media_type=JSONL)
-    return RewardsReply(**header.model_dump(), rewards=[one async for one in found])
+        return StreamingResponse(_lines(header, finite), media_type=JSONL)
+    return RewardsReply(**header.model_dump(), rewards=[rewards async for rewards in finite])
 
 
-async def _finite(asked: Asked, found: AsyncIterator[list[Rewards]]) -> AsyncIterator[Rewards]:
-    async for some in found:
-        for one in some:
-            if not all(map(math.isfinite, one.values())):
+async def _finite(asked: Asked, batches: AsyncIterator[list[Rewards]]) -> AsyncIterator[Rewards]:
+    """Of each response, in order."""
+    async for batch in batches:
+        for rewards in batch:
+            if not all(map(math.isfinite, rewards.values())):
                 raise SipoError(f"{asked.policy_set} gives rewards that are not finite: its adapters, or the base, are damaged")
-            yield one
+            yield rewards
 
 
-async def _lines(header: RewardsHeader, found: AsyncIterator[Rewards]) -> AsyncIterator[str]:
+async def _lines(header: RewardsHeader, all_rewards: AsyncIterator[Rewards]) -> AsyncIterator[str]:
     yield header.model_dump_json() + "\n"
     index = 0
     try:
-        async for one in found:
-            yield ScoredResponse(index=index, rewards=one).model_dump_json() + "\n"
+        async for rewards in all_rewards:
+            yield ScoredResponse(index=index, rewards=rewards).model_dump_json() + "\n"
             index += 1
     except SipoError as error:
         yield json.dumps(common.sipo_error_body(error)) + "\n"

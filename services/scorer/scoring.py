@@ -14,8 +14,8 @@ import structlog
 import torch
 from transformers import AutoTokenizer
 
+from services.common.contract.keys import DECISIONS
 from services.common.contract.messages import Candidate, PromptDecided, PromptSampled, ScoredCandidate
-from services.common.queue import DECISIONS
 from services.scorer.passes import Passes
 from services.scorer.settings import ScorerSettings
 from sipo.errors import InvalidRequest, NotFound, SipoError
@@ -84,9 +84,9 @@ class Scorer:
         scored."""
         prompt_format, policy_set, objectives = self._format(reference)
         ids = []
-        for index, one in enumerate(responses):
+        for index, response in enumerate(responses):
             try:
-                ids.append(one.ids(prompt_format, self.tokenizer))
+                ids.append(response.ids(prompt_format, self.tokenizer))
             except InvalidRequest as error:
                 raise InvalidRequest(f"response {index}: {error.message}", param=error.param) from error
         group = Group(prompt_format.prompt_ids(prompt, self.tokenizer), ids)
@@ -96,15 +96,15 @@ class Scorer:
     async def rewards(self, asked: Asked, *, length_normalized: bool = False) -> AsyncIterator[list[Rewards]]:
         """Of each response under every policy of the set and every soup (Eq. 6), in order, as they are done."""
         responses = iter(asked.group.responses)
-        async for some in self.passes.stream(asked.policy_set, asked.group, asked.soups):
-            ids = [next(responses) for _ in some]
-            yield [per_token(one, tokens) for one, tokens in zip(some, ids, strict=True)] if length_normalized else some
+        async for batch in self.passes.stream(asked.policy_set, asked.group, asked.soups):
+            ids = [next(responses) for _ in batch]
+            yield [per_token(rewards, tokens) for rewards, tokens in zip(batch, ids, strict=True)] if length_normalized else batch
 
     async def decide(self, sampled: PromptSampled) -> PromptDecided:
         """The job's filter (Eq. 7) on one prompt. Raises SipoError or ValueError if it cannot be decided."""
-        queued = sampled.queued
-        example, plan, by = queued.example, queued.plan, queued.plan.filter
-        texts = [CandidateText(one.text, truncated=one.finish_reason != "stop") for one in sampled.candidates]
+        example, plan = sampled.queued.example, sampled.queued.plan
+        by = plan.filter
+        texts = [CandidateText(candidate.text, truncated=candidate.finish_reason != "stop") for candidate in sampled.candidates]
         rejections = screen((example.response_0, example.response_1), texts, keep_truncated=by.keep_truncated)
         if by.implicit:
             rejections = await asyncio.to_thread(self._refuse_unscorable, sampled, rejections)
@@ -113,13 +113,13 @@ class Scorer:
             return _decided(sampled, _scored(sampled, [None] * len(rejections), rejections))
 
         first, second, *others = await self._all_rewards(sampled, kept)
-        left = iter(others)
-        rewards = [None if rejection else next(left) for rejection in rejections]
-        candidates: list[Scored] = [rejection or one or {} for rejection, one in zip(rejections, rewards, strict=True)]
+        of_kept = iter(others)
+        rewards = [None if rejection else next(of_kept) for rejection in rejections]
+        candidates: list[Scored] = [rejection or scores or {} for rejection, scores in zip(rejections, rewards, strict=True)]
         if by.keep_rewrite:
             names = self.passes.model.store.get(plan.reward_set).objectives if by.implicit else by.reward_models
             candidates = keep_rewrites(candidates, _rewrites(sampled.candidates), names)
-        selection = select(example, (first, second), candidates, by, seed=f"{plan.seed}/{queued.round}/{queued.prompt}")
+        selection = select(example, (first, second), candidates, by, seed=f"{plan.seed}/{sampled.round}/{sampled.prompt}")
         scored = _scored(sampled, rewards, selection.rejections)
         return _decided(sampled, scored, chosen=selection.chosen, rewards_0=first, rewards_1=second)
 
@@ -138,24 +138,25 @@ class Scorer:
                 return Rejection("not_tokenisable", error.message)
             return Rejection("too_long", f"{tokens} tokens with its prompt, at most {context}") if tokens > context else None
 
-        return [rejection or refuse(one) for one, rejection in zip(sampled.candidates, rejections, strict=True)]
+        return [rejection or refuse(candidate) for candidate, rejection in zip(sampled.candidates, rejections, strict=True)]
 
     async def _all_rewards(self, sampled: PromptSampled, kept: Sequence[Candidate]) -> list[Rewards]:
         """Of both originals and the candidates, by every model that the job's filter names."""
         example, plan = sampled.queued.example, sampled.queued.plan
-        texts = [example.response_0, example.response_1, *(one.text for one in kept)]
+        texts = [example.response_0, example.response_1, *(candidate.text for candidate in kept)]
         rewards: list[Rewards] = [{} for _ in texts]
         if plan.filter.implicit:
-            responses = [Given(text=text) for text in texts[:2]] + [_given(one) for one in kept]
+            responses = [Given(text=text) for text in texts[:2]] + [_given(candidate) for candidate in kept]
             # The vertices of W are the policies themselves: they would count twice in the average.
             soups = [weights for weights in plan.weights if max(weights.values()) < 1] if plan.filter.soups else []
             asked = await asyncio.to_thread(self.ask, plan.reward_set, example.prompt, responses, soups)
-            rewards = [one async for some in self.rewards(asked, length_normalized=plan.filter.length_normalized) for one in some]
+            batches = self.rewards(asked, length_normalized=plan.filter.length_normalized)
+            rewards = [of_response async for batch in batches for of_response in batch]
         for name in plan.filter.reward_models:
             if name not in self.reward_models:
                 raise NotFound(f"this scorer has no reward model {name!r}: set SIPO_REWARD_MODELS and start it again")
             scores = await asyncio.to_thread(self.reward_models[name], example.prompt, texts)
-            rewards = [one | {name: score} for one, score in zip(rewards, scores, strict=True)]
+            rewards = [before | {name: score} for before, score in zip(rewards, scores, strict=True)]
         return rewards
 
     def _format(self, reference: str) -> tuple[PromptFormat, str, list[str]]:
@@ -206,8 +207,8 @@ def _scored(
     sampled: PromptSampled, rewards: Sequence[Rewards | None], rejections: Sequence[Rejection | str | None]
 ) -> list[ScoredCandidate]:
     return [
-        ScoredCandidate(candidate=candidate, rewards=one, rejected=None if rejection is None else str(rejection))
-        for candidate, one, rejection in zip(sampled.candidates, rewards, rejections, strict=True)
+        ScoredCandidate(candidate=candidate, rewards=scores, rejected=None if rejection is None else str(rejection))
+        for candidate, scores, rejection in zip(sampled.candidates, rewards, rejections, strict=True)
     ]
 
 
@@ -220,13 +221,12 @@ def _decided(
     rewards_1: Rewards | None = None,
     error: str | None = None,
 ) -> PromptDecided:
-    queued = sampled.queued
     return PromptDecided(
-        job=queued.job,
-        round=queued.round,
-        prompt=queued.prompt,
+        job=sampled.job,
+        round=sampled.round,
+        prompt=sampled.prompt,
         outcome="failed" if error is not None else "accepted" if chosen else "none",
-        example=queued.example,
+        example=sampled.queued.example,
         chosen=list(chosen),
         candidates=candidates,
         rewards_0=rewards_0,

@@ -18,8 +18,9 @@ from gateway.settings import GatewaySettings
 from services.common.background import end_tasks
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobState
+from services.common.contract.keys import PROMPTS, job_key
 from services.common.contract.messages import Candidate, PromptDecided, PromptQueued, ScoredCandidate
-from services.common.queue import PROMPTS, Queue
+from services.common.queue import Queue
 from services.common.settings import Teacher
 from sipo.preferences import Example
 from sipo.selection import Chosen, Filter
@@ -171,6 +172,16 @@ async def test_a_job_is_listed_shown_and_cancelled(gateway: httpx.AsyncClient) -
     assert (await gateway.get("/v1/jobs/nobody")).status_code == 404
     assert (await gateway.post("/v1/jobs/nobody/cancel")).status_code == 404
     assert (await gateway.get("/v1/jobs/nobody/pairs")).status_code == 404
+
+
+async def test_a_job_of_another_release_is_a_conflict_and_hides_no_other(gateway: httpx.AsyncClient, redis: Redis) -> None:
+    theirs, ours = [(await submit(gateway, rows(1))).json() for _ in range(2)]
+    assert (theirs["version"], ours["version"]) == (1, 1)
+    await redis.hset(job_key(theirs["id"]), "version", "2")
+    for reply in (await gateway.get(f"/v1/jobs/{theirs['id']}"), await gateway.post(f"/v1/jobs/{theirs['id']}/cancel")):
+        assert reply.status_code == 409
+        assert f"Job {theirs['id']} was written by another release" in reply.json()["error"]["message"]
+    assert (await gateway.get("/v1/jobs")).json()["data"] == [ours]
 
 
 async def test_pairs_and_candidates_are_those_decided_so_far(gateway: httpx.AsyncClient, tmp_path: Path) -> None:

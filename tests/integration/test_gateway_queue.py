@@ -23,29 +23,17 @@ from gateway.settings import GatewaySettings
 from gateway.worker.generation import as_failed
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobSpec, JobState
-from services.common.contract.keys import CAPACITY, dead
-from services.common.contract.messages import Message, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Consumer, Delivery, Queue, connect, each
-from services.common.queue.streams import DeadLetter
+from services.common.contract.keys import CANDIDATES, CAPACITY, DECISIONS, PROMPTS, dead
+from services.common.contract.messages import Message, PromptDecided, PromptQueued, PromptSampled
+from services.common.queue import Consumer, DeadLetter, Delivery, Queue, connect, each
 from services.trainer.decisions import DecisionLog
 from sipo.errors import NotFound
 from sipo.preferences import Example
 from support import PATIENCE
 from tests.fakes import FakeDecoder, write_policy_set
+from tests.plans import sampling_plan
 
-HALVES = {"concise": 0.5, "warm": 0.5}
-PLAN = SamplingPlan(
-    sampling_set="demo:1",
-    reward_set="demo:1",
-    weights=[HALVES],
-    review_weights=HALVES,
-    refine=True,
-    samples_per_weight=1,
-    temperature=0.7,
-    seed=0,
-    max_tokens=8,
-    review_max_tokens=8,
-)
+PLAN = sampling_plan(["concise", "warm"])
 EXAMPLE = Example(prompt="A secret?", response_0="No.", response_1="Yes.", labels={"concise": 0, "warm": 1})
 
 
@@ -128,10 +116,11 @@ async def test_a_prompt_that_died_in_the_scorer_is_put_back_and_its_decision_rep
     sets: set[str] = set()
 
     async def score(delivery: Delivery[PromptSampled]) -> None:
-        message = delivery.message.queued
-        if message.prompt == "0" and message.plan.reward_set not in sets:
-            raise NotFound(f"no policy set {message.plan.reward_set!r}")
-        await delivery.done(DECISIONS, decided(message.job, int(message.prompt)))
+        message = delivery.message
+        reward_set = message.queued.plan.reward_set
+        if message.prompt == "0" and reward_set not in sets:
+            raise NotFound(f"no policy set {reward_set!r}")
+        await delivery.hand_on(DECISIONS, decided(message.job, int(message.prompt)))
 
     async def keep(delivery: Delivery[PromptDecided]) -> None:
         decision_log.append([delivery.message])
@@ -310,8 +299,14 @@ async def test_what_finds_no_room_stays_dead(gateway: httpx.AsyncClient, redis: 
 @pytest.fixture
 def url(tmp_path: Path, redis_url: str) -> Iterator[str]:
     """A gateway in a thread of its own: the commands block."""
-    server = uvicorn.Server(uvicorn.Config(build(connect(redis_url), tmp_path), port=0, lifespan="off", log_config=None))
-    thread = threading.Thread(target=server.run)
+    client = connect(redis_url)
+    server = uvicorn.Server(uvicorn.Config(build(client, tmp_path), port=0, lifespan="off", log_config=None))
+
+    async def serve() -> None:
+        async with client:  # without a lifespan nobody else closes it
+            await server.serve()
+
+    thread = threading.Thread(target=asyncio.run, args=[serve()])
     thread.start()
     while not server.started:
         time.sleep(0.01)

@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 from redis.asyncio import Redis
 
 from services.common.contract.job_store import JobStore
 from services.common.contract.jobs import JobSpec, JobState
-from services.common.contract.keys import dead, job_key
-from services.common.contract.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.local.valkey import server
-from services.common.queue import (
-    CANDIDATES,
-    DECISIONS,
-    PROMPTS,
-    Consumer,
-    Delivery,
-    Queue,
-    consuming,
-    each,
-)
-from services.common.queue.consumer import Handler
+from services.common.contract.keys import CANDIDATES, DECISIONS, GROUP, PROMPTS, dead, job_key
+from services.common.contract.messages import Message, PromptDecided, PromptQueued, PromptSampled
+from services.common.local.valkey import server, server_argv
+from services.common.queue import Consumer, DeadLetter, Delivery, Queue, connect, consuming, each
 from services.common.queue.streams import Depth
-from sipo.errors import InvalidRequest, Unavailable
+from sipo.errors import Conflict, InvalidRequest, Unavailable
 from sipo.preferences import Example
 from support import PATIENCE
+from tests.plans import sampling_plan
 
-PLAN = SamplingPlan(
-    sampling_set="demo:1",
-    reward_set="demo:1",
-    weights=[{"a": 0.5, "b": 0.5}],
-    review_weights={"a": 0.5, "b": 0.5},
-    refine=True,
-    samples_per_weight=1,
-    temperature=0.7,
-    seed=0,
-    max_tokens=8,
-    review_max_tokens=8,
-)
+PLAN = sampling_plan()
+MODELS: dict[str, type[Message]] = {PROMPTS: PromptQueued, CANDIDATES: PromptSampled, DECISIONS: PromptDecided}
+
+M = TypeVar("M", bound=Message)
 
 
 def queued(prompt: int, job: str = "job-1") -> PromptQueued:
@@ -67,12 +51,13 @@ def as_failed(message: PromptQueued, reason: str) -> tuple[str, PromptDecided]:
 
 
 def consumer(redis: Redis, **options: Any) -> Consumer[PromptQueued]:
+    """Its heart may beat late on a busy machine: where others could take over what it holds, it has a longer `visibility`."""
     return Consumer(redis, PROMPTS, model=PromptQueued, **({"visibility": 0.3, "linger": 0.05} | options))
 
 
 async def hand_on(batch: list[Delivery[PromptQueued]]) -> None:
     for delivery in batch:
-        await delivery.done(CANDIDATES, sampled(delivery.message), counts={"sampled": 1})
+        await delivery.hand_on(CANDIDATES, sampled(delivery.message), counts={"sampled": 1})
 
 
 async def until(holds: Callable[[], Awaitable[bool]], seconds: float = PATIENCE) -> None:
@@ -81,20 +66,13 @@ async def until(holds: Callable[[], Awaitable[bool]], seconds: float = PATIENCE)
             await asyncio.sleep(0.02)
 
 
-async def messages_in(redis: Redis, stream: str) -> list[PromptQueued | PromptSampled | PromptDecided]:
-    model: Any = {PROMPTS: PromptQueued, CANDIDATES: PromptSampled, DECISIONS: PromptDecided}[stream]
+async def messages_in(redis: Redis, stream: str, model: type[M]) -> list[M]:
     entries = cast(list[tuple[str, dict[str, str]]], await redis.xrange(stream))
     return [model.model_validate_json(fields["data"]) for _, fields in entries]
 
 
 async def prompts_in(redis: Redis, stream: str) -> Counter[str]:
-    return Counter(message.id.split("/")[-1] for message in await messages_in(redis, stream))
-
-
-@asynccontextmanager
-async def run(consumer: Consumer[PromptQueued], handle: Handler[PromptQueued]) -> AsyncIterator[None]:
-    async with consumer.running(handle, grace=2):
-        yield
+    return Counter(message.prompt for message in await messages_in(redis, stream, MODELS[stream]))
 
 
 async def length(redis: Redis, stream: str, number: int) -> None:
@@ -102,6 +80,18 @@ async def length(redis: Redis, stream: str, number: int) -> None:
         return await redis.xlen(stream) == number
 
     await until(has)
+
+
+async def held(redis: Redis) -> tuple[str, str, float]:
+    """The one prompt that is held: its entry, its holder, and the seconds since the last sign of life."""
+    (pending,) = await redis.xpending_range(PROMPTS, GROUP, "-", "+", 2)
+    return pending["message_id"], pending["consumer"], pending["time_since_delivered"] / 1000
+
+
+async def pass_without_heartbeat(redis: Redis, seconds: float) -> None:
+    """Puts the server's clock of the one prompt that is held forward."""
+    entry, holder, _ = await held(redis)
+    await redis.xclaim(PROMPTS, GROUP, holder, 0, [entry], idle=int(1000 * seconds), justid=True)
 
 
 async def test_a_handed_over_message_is_in_the_next_stream_and_nowhere_else(redis: Redis) -> None:
@@ -113,7 +103,7 @@ async def test_a_handed_over_message_is_in_the_next_stream_and_nowhere_else(redi
         sizes.append(len(batch))
         await hand_on(batch)
 
-    async with run(consumer(redis, batch=3), handle):
+    async with consumer(redis, batch=3).running(handle):
         await length(redis, CANDIDATES, 5)
         await length(redis, PROMPTS, 0)
     assert sizes == [3, 2]
@@ -129,33 +119,50 @@ async def test_a_batch_lingers_for_messages_that_come_a_little_later(redis: Redi
         sizes.append(len(batch))
         await hand_on(batch)
 
-    async with run(consumer(redis, batch=3, linger=2), handle):
-        for i in range(3):
+    async def taken(number: int) -> bool:
+        return (await Queue(redis).depths())[PROMPTS].held == number
+
+    async with consumer(redis, batch=3, linger=4).running(handle):
+        for i in range(2):
             await Queue(redis).put(PROMPTS, queued(i))
-            await asyncio.sleep(0.05)
+            await until(partial(taken, i + 1))
+        await Queue(redis).put(PROMPTS, queued(2))
         await length(redis, CANDIDATES, 3)
     assert sizes == [3]
 
 
 async def test_a_slow_handler_keeps_its_message_by_heartbeats(redis: Redis) -> None:
+    """It works for twice as long as another would wait before taking the message over."""
     await Queue(redis).put(PROMPTS, queued(0))
+    taken, may_end = asyncio.Event(), asyncio.Event()
     calls = 0
 
     async def slow(batch: list[Delivery[PromptQueued]]) -> None:
         nonlocal calls
         calls += 1
-        await asyncio.sleep(1)  # three times the visibility
+        taken.set()
+        await may_end.wait()
         await hand_on(batch)
 
-    async with run(consumer(redis), slow), run(consumer(redis), slow):
-        await length(redis, CANDIDATES, 1)
+    async def heartbeat() -> bool:
+        return (await held(redis))[2] < 20
+
+    async with consumer(redis).running(slow):
+        await taken.wait()
+        async with consumer(redis, visibility=30).running(slow):
+            for _ in range(3):
+                await pass_without_heartbeat(redis, 20)
+                await until(heartbeat)
+            may_end.set()
+            await length(redis, CANDIDATES, 1)
     assert calls == 1
 
 
 KILLED = """
 import asyncio, sys
+from services.common.contract.keys import PROMPTS
 from services.common.contract.messages import PromptQueued
-from services.common.queue import PROMPTS, Consumer, connect
+from services.common.queue import Consumer, connect
 async def handle(batch):
     print(len(batch), flush=True)
     await asyncio.sleep(60)
@@ -177,7 +184,7 @@ async def test_what_a_killed_consumer_held_is_handled_by_another_once(redis: Red
         tries.append(*[delivery.tries for delivery in batch])  # those that a crash touched come one at a time
         await hand_on(batch)
 
-    async with run(consumer(redis, batch=4, visibility=0.5), handle):
+    async with consumer(redis, batch=4, visibility=0.5).running(handle):
         await length(redis, CANDIDATES, 4)
     assert tries == [2, 2, 2, 2]
     assert await prompts_in(redis, CANDIDATES) == Counter("0123")
@@ -187,21 +194,20 @@ async def test_what_a_killed_consumer_held_is_handled_by_another_once(redis: Red
 
 async def test_a_stalled_consumer_cannot_commit_what_another_has_taken_over(redis: Redis) -> None:
     await Queue(redis).put(PROMPTS, queued(0))
-    held: list[Delivery[PromptQueued]] = []
     taken, resume = asyncio.Event(), asyncio.Event()
     outcome: list[bool] = []
 
     async def stall(batch: list[Delivery[PromptQueued]]) -> None:
-        held.extend(batch)
         taken.set()
         await resume.wait()
-        outcome.append(await batch[0].done(CANDIDATES, sampled(batch[0].message), counts={"sampled": 1}))
+        outcome.append(await batch[0].hand_on(CANDIDATES, sampled(batch[0].message), counts={"sampled": 1}))
 
-    stalled = consumer(redis)
+    stalled = consumer(redis, visibility=30)
     stalled._beat = lambda: asyncio.sleep(60)  # type: ignore[method-assign]  # a process that the system has stopped
-    async with run(stalled, stall):
+    async with stalled.running(stall):
         await taken.wait()
-        async with run(consumer(redis), hand_on):
+        await pass_without_heartbeat(redis, 30)
+        async with consumer(redis, visibility=30).running(hand_on):
             await length(redis, CANDIDATES, 1)
         resume.set()
         await until(lambda: asyncio.sleep(0, bool(outcome)))
@@ -219,27 +225,27 @@ async def test_a_poisonous_message_goes_to_the_dead_and_takes_no_neighbour_with_
             raise InvalidRequest("no answer to 2")
         await hand_on(batch)
 
-    async with run(consumer(redis, batch=4, on_dead=as_failed), handle):
+    async with consumer(redis, batch=4, on_dead=as_failed).running(handle):
         await length(redis, DECISIONS, 1)
         await length(redis, CANDIDATES, 3)
     assert await prompts_in(redis, CANDIDATES) == Counter("013")
     ((_, letter),) = await Queue(redis).dead(PROMPTS)
     assert (letter.stream, letter.tries, letter.reason) == (PROMPTS, 3, "invalid_request: no answer to 2")
     assert PromptQueued.model_validate_json(letter.data) == queued(2)
-    (decision,) = await messages_in(redis, DECISIONS)
-    assert isinstance(decision, PromptDecided)
+    (decision,) = await messages_in(redis, DECISIONS, PromptDecided)
     assert (decision.id, decision.outcome, decision.error) == ("job-1/1/2", "failed", "invalid_request: no answer to 2")
 
 
 CRASHES = """
 import asyncio, os, sys
+from services.common.contract.keys import CANDIDATES, PROMPTS
 from services.common.contract.messages import PromptQueued, PromptSampled
-from services.common.queue import CANDIDATES, PROMPTS, Consumer, connect
+from services.common.queue import Consumer, connect
 async def handle(batch):
     if any(d.message.prompt == "1" for d in batch):
         os._exit(9)
     for d in batch:
-        await d.done(CANDIDATES, PromptSampled(queued=d.message, candidates=[]))
+        await d.hand_on(CANDIDATES, PromptSampled(queued=d.message, candidates=[]))
 consumer = Consumer(connect(sys.argv[1]), PROMPTS, model=PromptQueued, batch=4, linger=0.5, visibility=0.3, max_tries=2)
 asyncio.run(consumer.run(handle))
 """
@@ -251,7 +257,7 @@ async def test_a_message_that_crashes_its_consumers_dies_alone(redis: Redis, red
     for _ in range(2):
         crashed = await asyncio.create_subprocess_exec(sys.executable, "-c", CRASHES, redis_url)
         assert await crashed.wait() == 9
-    async with run(consumer(redis, max_tries=2), hand_on):
+    async with consumer(redis, max_tries=2).running(hand_on):
         await length(redis, dead(PROMPTS), 1)
         await length(redis, CANDIDATES, 3)
     assert await prompts_in(redis, CANDIDATES) == Counter("023")
@@ -262,12 +268,21 @@ async def test_a_message_that_crashes_its_consumers_dies_alone(redis: Redis, red
 async def test_a_message_that_cannot_be_read_is_dead_at_once_and_whole(redis: Redis) -> None:
     await redis.xadd(PROMPTS, {"data": '{"version": 7}'})
     await Queue(redis).put(PROMPTS, queued(1))
-    async with run(consumer(redis), hand_on):
+    async with consumer(redis).running(hand_on):
         await length(redis, CANDIDATES, 1)
     ((_, letter),) = await Queue(redis).dead(PROMPTS)
     assert letter.data == '{"version": 7}'
     assert letter.reason.startswith("not readable as PromptQueued: version:")
     assert await redis.xlen(PROMPTS) == 0
+
+
+async def test_a_dead_message_of_another_release_is_refused_and_one_without_a_version_read(redis: Redis) -> None:
+    letter = DeadLetter(stream=PROMPTS, data="{}", reason="not readable", tries=1)
+    await redis.xadd(dead(PROMPTS), {"data": letter.model_dump_json(exclude={"version"})})
+    assert [found for _, found in await Queue(redis).dead(PROMPTS)] == [letter]
+    await redis.xadd(dead(PROMPTS), {"data": json.dumps({**letter.model_dump(), "version": 2})})
+    with pytest.raises(Conflict, match="DeadLetter sipo:prompts was written by another release: its version is 2, this one reads"):
+        await Queue(redis).dead(PROMPTS)
 
 
 async def test_unavailable_hands_back_uncounted_and_waits(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +298,7 @@ async def test_unavailable_hands_back_uncounted_and_waits(redis: Redis, monkeypa
             raise Unavailable("the decoder sleeps")
         await hand_on(batch)
 
-    async with run(consumer(redis, batch=2), handle):
+    async with consumer(redis, batch=2).running(handle):
         await length(redis, CANDIDATES, 2)
     assert [tries for _, tries in seen] == [[1, 1]] * 6, "released messages stay together and untried"
     waits = [later - earlier for (earlier, _), (later, _) in pairwise(seen)]
@@ -304,9 +319,9 @@ async def test_each_gives_every_delivery_its_own_end(redis: Redis, monkeypatch: 
             raise Unavailable("asleep")
         if prompt == "2":
             raise ValueError("never")
-        await delivery.done(CANDIDATES, sampled(delivery.message))
+        await delivery.hand_on(CANDIDATES, sampled(delivery.message))
 
-    async with run(consumer(redis, batch=3, max_tries=2), each(handle)):
+    async with consumer(redis, batch=3, max_tries=2).running(each(handle)):
         await length(redis, dead(PROMPTS), 1)
         await length(redis, CANDIDATES, 2)
     assert seen == {"0": 1, "1": 2, "2": 2}
@@ -315,19 +330,18 @@ async def test_each_gives_every_delivery_its_own_end(redis: Redis, monkeypatch: 
 
 
 async def test_an_error_after_the_hand_over_undoes_nothing(redis: Redis) -> None:
-    await Queue(redis).put(PROMPTS, queued(0))
-    calls = 0
+    for i in range(2):
+        await Queue(redis).put(PROMPTS, queued(i))
+    handled: list[str] = []
 
     async def handle(delivery: Delivery[PromptQueued]) -> None:
-        nonlocal calls
-        calls += 1
-        await delivery.done(CANDIDATES, sampled(delivery.message))
+        handled.append(delivery.message.prompt)
+        await delivery.hand_on(CANDIDATES, sampled(delivery.message))
         raise ValueError("too late")
 
-    async with run(consumer(redis), each(handle)):
-        await length(redis, CANDIDATES, 1)
-        await asyncio.sleep(0.7)  # longer than the visibility
-    assert calls == 1
+    async with consumer(redis).running(each(handle)):
+        await length(redis, CANDIDATES, 2)
+    assert handled == ["0", "1"]
     assert await redis.xlen(PROMPTS) == await redis.xlen(dead(PROMPTS)) == 0
 
 
@@ -336,11 +350,18 @@ async def test_a_full_stream_makes_producer_and_consumer_wait(redis: Redis) -> N
     for i in range(2):
         await queue.put(PROMPTS, queued(i))
     waiting = asyncio.create_task(queue.put(PROMPTS, queued(2)))
-    async with run(consumer(redis, capacity=2), hand_on):
+    await asyncio.wait([waiting], timeout=0.3)
+    assert not waiting.done()
+    meets_no_room, no_room = consumer(redis, capacity=2), asyncio.Event()
+
+    async def pause(_seconds: float) -> None:
+        no_room.set()
+        await asyncio.sleep(0.02)
+
+    meets_no_room._pause = pause  # type: ignore[method-assign]
+    async with meets_no_room.running(hand_on):
         await waiting
-        await length(redis, CANDIDATES, 2)
-        await asyncio.sleep(0.5)
-        assert await redis.xlen(CANDIDATES) == 2
+        await no_room.wait()
         assert await queue.depths() == {PROMPTS: Depth(0, 1, 0), CANDIDATES: Depth(2, 0, 0), DECISIONS: Depth(0, 0, 0)}
         await redis.xtrim(CANDIDATES, maxlen=0)
         await length(redis, CANDIDATES, 1)
@@ -351,13 +372,14 @@ async def test_stopping_finishes_the_batch_and_leaves_the_rest(redis: Redis) -> 
     for i in range(3):
         await Queue(redis).put(PROMPTS, queued(i))
     begun = asyncio.Event()
+    stopped = consumer(redis, batch=2)
 
     async def handle(batch: list[Delivery[PromptQueued]]) -> None:
         begun.set()
-        await asyncio.sleep(0.3)
+        await stopped._stopping.wait()
         await hand_on(batch)
 
-    async with run(consumer(redis, batch=2), handle):
+    async with stopped.running(handle):
         await begun.wait()
     assert await prompts_in(redis, CANDIDATES) == Counter("01")
     assert await prompts_in(redis, PROMPTS) == Counter("2")
@@ -378,7 +400,7 @@ async def test_a_batch_that_takes_longer_than_the_grace_is_handed_back_uncounted
 
     async with consumer(redis, visibility=30).running(forever, grace=0.1):
         await begun.wait()
-    async with run(consumer(redis, visibility=30), note):
+    async with consumer(redis, visibility=30).running(note):
         await length(redis, CANDIDATES, 1)
     assert tries == [1]
 
@@ -387,25 +409,24 @@ async def test_consumers_of_one_process_work_side_by_side_and_stop_together(redi
     for i in range(4):
         await Queue(redis).put(PROMPTS, queued(i))
     clock = asyncio.get_running_loop().time
-    at_work, together = 0, asyncio.Event()
-    ended: list[float] = []
+    at_work, at_their_end = asyncio.Barrier(3 + 1), asyncio.Barrier(3)
+    taken, ended = 0, []
 
     async def forever(batch: list[Delivery[PromptQueued]]) -> None:
-        nonlocal at_work
-        at_work += 1
-        if at_work == 3:
-            together.set()
+        nonlocal taken
+        taken += 1
+        await at_work.wait()
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(PATIENCE)
         finally:
+            await at_their_end.wait()  # were each given a grace of its own, the first would wait in vain
             ended.append(clock())
 
-    async with consuming([consumer(redis) for _ in range(3)], forever, grace=1):
-        await asyncio.wait_for(together.wait(), PATIENCE)
+    async with consuming([consumer(redis, visibility=30) for _ in range(3)], forever, grace=0.5):
+        await asyncio.wait_for(at_work.wait(), PATIENCE)
         begin = clock()
-    assert at_work == len(ended) == 3, "nobody takes another while stopping"
-    assert min(ended) - begin >= 1
-    assert max(ended) - min(ended) < 1, "one after the other, each would have had a grace of its own"
+    assert taken == len(ended) == 3, "nobody takes another while stopping"
+    assert min(ended) - begin >= 0.5
 
 
 async def test_a_consumer_that_dies_of_a_bug_ends_the_process(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +434,7 @@ async def test_a_consumer_that_dies_of_a_bug_ends_the_process(redis: Redis, monk
     monkeypatch.setattr(signal, "raise_signal", sent.append)
     broken = consumer(redis)
     monkeypatch.setattr(broken, "_take", lambda: asyncio.sleep(0, None))
-    async with run(broken, hand_on):
+    async with broken.running(hand_on):
         await until(lambda: asyncio.sleep(0, bool(sent)))
     assert sent == [signal.SIGTERM]
 
@@ -436,9 +457,9 @@ async def test_messages_of_a_cancelled_job_are_dropped_when_taken_and_when_hande
     async def cancel_meanwhile(batch: list[Delivery[PromptQueued]]) -> None:
         seen.extend(delivery.message.prompt for delivery in batch)
         await JobStore(redis).cancel(job)
-        outcome.append(await batch[0].done(CANDIDATES, sampled(batch[0].message), counts={"sampled": 1}))
+        outcome.append(await batch[0].hand_on(CANDIDATES, sampled(batch[0].message), counts={"sampled": 1}))
 
-    async with run(consumer(redis), cancel_meanwhile):
+    async with consumer(redis).running(cancel_meanwhile):
         await length(redis, PROMPTS, 0)
     assert seen == ["0"]
     assert outcome == [False]
@@ -455,7 +476,7 @@ async def test_many_feeders_feed_each_prompt_once_and_in_order(redis: Redis) -> 
             assert await queue.feed(queued(position, job), position) in ("fed", "moved")
 
     await asyncio.gather(*(feeder() for _ in range(4)))
-    assert [message.id for message in await messages_in(redis, PROMPTS)] == [f"{job}/1/{i}" for i in range(20)]
+    assert [message.id for message in await messages_in(redis, PROMPTS, PromptQueued)] == [f"{job}/1/{i}" for i in range(20)]
 
 
 async def test_feeding_says_why_it_did_not(redis: Redis) -> None:
@@ -476,22 +497,19 @@ async def test_dead_messages_can_be_put_back(redis: Redis) -> None:
     async def refuse(batch: list[Delivery[PromptQueued]]) -> None:
         raise InvalidRequest("no")
 
-    async with run(consumer(redis, max_tries=1), refuse):
+    async with consumer(redis, max_tries=1).running(refuse):
         await length(redis, dead(PROMPTS), 2)
     (first, _), _ = await Queue(redis).dead(PROMPTS)
     assert await Queue(redis).requeue(PROMPTS, [first]) == 1
     assert await Queue(redis).requeue(PROMPTS) == 1
     assert await Queue(redis).requeue(PROMPTS) == 0
-    async with run(consumer(redis, max_tries=1), hand_on):
+    async with consumer(redis, max_tries=1).running(hand_on):
         await length(redis, CANDIDATES, 2)
     assert await prompts_in(redis, CANDIDATES) == Counter("01")
 
 
 async def test_messages_and_claims_survive_the_death_of_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SIGKILL in the middle of a batch: the consumer waits for the server, and what it held is still its own."""
-    from services.common.local.valkey import server_argv
-    from services.common.queue import connect
-
     folder = tmp_path_factory.mktemp("dying")
     with server(folder) as url:
         client = connect(url)
@@ -505,13 +523,21 @@ async def test_messages_and_claims_survive_the_death_of_the_server(tmp_path_fact
             tries.extend(delivery.tries for delivery in batch)
             if len(tries) == 1:
                 os.kill(pid, signal.SIGKILL)
-                await asyncio.sleep(0.1)
+                await until(port_is_free)
                 revived.append(await asyncio.create_subprocess_exec(*server_argv(folder, port), stdout=asyncio.subprocess.DEVNULL))
             await hand_on(batch)
 
+        async def port_is_free() -> bool:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                return True
+            writer.close()
+            return False
+
         revived: list[asyncio.subprocess.Process] = []
         try:
-            async with run(consumer(client, visibility=10), handle):
+            async with consumer(client, visibility=10).running(handle):
                 await until(lambda: asyncio.sleep(0, len(tries) == 2))
                 await length(client, CANDIDATES, 2)
             assert tries == [1, 1]

@@ -16,9 +16,9 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from services.common.contract.keys import dead
-from services.common.contract.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import CANDIDATES, DECISIONS, Queue, connect
+from services.common.contract.keys import CANDIDATES, DECISIONS, dead
+from services.common.contract.messages import Candidate, PromptDecided, PromptQueued, PromptSampled
+from services.common.queue import Queue, connect
 from services.scorer.app import create_app
 from services.scorer.scoring import Given
 from services.scorer.settings import ScorerSettings
@@ -30,6 +30,7 @@ from sipo.preferences import Example, format_weights, sampling_weights
 from sipo.prompts import PromptFormat
 from sipo.selection import Filter
 from support import PATIENCE
+from tests.plans import sampling_plan
 from tests.policies import publish_random, rewards_one_by_one
 
 OBJECTIVES = ["concise", "warm"]
@@ -90,18 +91,8 @@ def sampled(
     prompt: int, candidates: list[Candidate], *, reward_set: str = "demo:1", response_0: str = "no", by: Filter | None = None
 ) -> PromptSampled:
     example = Example(prompt=f"What is {prompt}?", response_0=response_0, response_1="yes, yes", labels={"concise": 0, "warm": 1})
-    plan = SamplingPlan(
-        sampling_set="demo:1",
-        reward_set=reward_set,
-        weights=[*SOUPS, {"concise": 1.0, "warm": 0.0}],
-        review_weights={"concise": 0.5, "warm": 0.5},
-        refine=False,
-        samples_per_weight=1,
-        temperature=0.7,
-        seed=0,
-        max_tokens=32,
-        review_max_tokens=16,
-        filter=by or Filter(),
+    plan = sampling_plan(
+        OBJECTIVES, reward_set=reward_set, weights=[*SOUPS, {"concise": 1.0, "warm": 0.0}], refine=False, filter=by or Filter()
     )
     return PromptSampled(
         queued=PromptQueued(job="job-1", round=1, prompt=str(prompt), example=example, plan=plan), candidates=candidates
@@ -140,7 +131,7 @@ async def test_each_prompt_gets_one_decision_that_follows_eq_7_on_independently_
 
     prompt_format = policies.manifest.prompt_format
     for message in messages[:3]:
-        example, decision = message.queued.example, found[message.queued.prompt]
+        example, decision = message.queued.example, found[message.prompt]
         originals = [prompt_format.response_ids(text, tiny_tokenizer) for text in (example.response_0, example.response_1)]
         answers = [*originals, *(one.token_ids for one in message.candidates)]
         prompt = prompt_format.prompt_ids(example.prompt, tiny_tokenizer)

@@ -17,12 +17,13 @@ from redis.asyncio import Redis
 
 from gateway.worker.app import create_app
 from gateway.worker.settings import WorkerSettings
-from services.common.contract.keys import dead
-from services.common.contract.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
+from services.common.contract.keys import CANDIDATES, DECISIONS, PROMPTS, dead
+from services.common.contract.messages import PromptDecided, PromptQueued, PromptSampled
 from services.common.local.processes import free_ports
-from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Queue, connect
+from services.common.queue import Queue, connect
 from services.common.settings import Teacher
-from services.common.web.clients import DecoderClient, ReviewerClient, TeacherClient
+from services.common.web.clients import DecoderClient, ReviewerClient
+from services.common.web.teachers import TeacherClient
 from services.reviewer.app import create_app as create_reviewer
 from services.reviewer.settings import ReviewerSettings
 from sipo.errors import SipoError, Unavailable
@@ -30,6 +31,7 @@ from sipo.preferences import Example
 from sipo.prompts import PromptFormat
 from support import PATIENCE
 from tests.fakes import WritingDecoder, write_policy_set
+from tests.plans import sampling_plan
 
 KEY = "sk-very-secret"
 CHAT = [{"role": "user", "content": "x"}]
@@ -183,18 +185,8 @@ def start(data_dir: Path, tiny_base: Path, redis: Redis, redis_url: str, endpoin
 
 
 def queued(*, refine: bool = False, policy_set: str = "demo:1") -> PromptQueued:
-    plan = SamplingPlan(
-        sampling_set=policy_set,
-        reward_set=policy_set,
-        weights=[{"a": 0.3, "b": 0.7}, {"a": 0.7, "b": 0.3}],
-        review_weights={"a": 0.5, "b": 0.5},
-        refine=refine,
-        samples_per_weight=1,
-        teachers={"big": 2},
-        temperature=0.7,
-        seed=3,
-        max_tokens=32,
-        review_max_tokens=16,
+    plan = sampling_plan(
+        sampling_set=policy_set, weights=[{"a": 0.3, "b": 0.7}, {"a": 0.7, "b": 0.3}], refine=refine, teachers={"big": 2}
     )
     example = Example(prompt="What is it?", response_0="no", response_1="yes", labels={"a": 1, "b": 0})
     return PromptQueued(job="job-1", round=1, prompt="0", example=example, plan=plan)

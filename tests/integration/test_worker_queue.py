@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import pytest
@@ -14,34 +15,30 @@ from redis.asyncio import Redis
 
 from gateway.worker.app import create_app
 from gateway.worker.settings import WorkerSettings
-from services.common.contract.keys import dead
-from services.common.contract.messages import PromptDecided, PromptQueued, PromptSampled, SamplingPlan
-from services.common.queue import CANDIDATES, DECISIONS, PROMPTS, Queue, connect
+from services.common.contract.keys import CANDIDATES, DECISIONS, PROMPTS, dead
+from services.common.contract.messages import Message, PromptDecided, PromptQueued, PromptSampled
+from services.common.queue import Queue, connect
 from services.common.web.clients import DecoderClient, ReviewerClient
 from services.reviewer.app import create_app as create_reviewer
 from services.reviewer.settings import ReviewerSettings
 from sipo.preferences import Example, format_weights, sampling_weights
 from support import PATIENCE
 from tests.fakes import WritingDecoder, write_policy_set
+from tests.plans import sampling_plan
 
 OBJECTIVES = ["concise", "warm"]
+
+M = TypeVar("M", bound=Message)
 
 
 def queued(prompt: int, **plan: object) -> PromptQueued:
     example = Example(prompt=f"What is {prompt}?", response_0="no", response_1="yes", labels={"concise": 1, "warm": 0})
-    usual = SamplingPlan(
-        sampling_set="demo:1",
-        reward_set="demo:1",
-        weights=sampling_weights(OBJECTIVES),
-        review_weights={"concise": 1.0, "warm": 0.0},
-        refine=True,
-        samples_per_weight=2,
-        temperature=0.7,
-        seed=0,
-        max_tokens=32,
-        review_max_tokens=16,
-    )
-    return PromptQueued(job="job-1", round=1, prompt=str(prompt), example=example, plan=usual.model_copy(update=plan))
+    usual = {
+        "weights": sampling_weights(OBJECTIVES),
+        "review_weights": {"concise": 1.0, "warm": 0.0},
+        "samples_per_weight": 2,
+    }
+    return PromptQueued(job="job-1", round=1, prompt=str(prompt), example=example, plan=sampling_plan(OBJECTIVES, **usual | plan))
 
 
 @pytest.fixture
@@ -83,9 +80,7 @@ async def until(holds: Callable[[], Awaitable[bool]], seconds: float = PATIENCE)
             await asyncio.sleep(0.02)
 
 
-async def messages(
-    redis: Redis, stream: str, model: type[PromptSampled] | type[PromptDecided]
-) -> list[PromptSampled | PromptDecided]:
+async def messages(redis: Redis, stream: str, model: type[M]) -> list[M]:
     return [model.model_validate_json(fields["data"]) for _, fields in await redis.xrange(stream)]
 
 
@@ -118,7 +113,6 @@ async def test_each_stage_runs_under_its_own_weights(start: Start, redis: Redis,
     assert [body["max_tokens"] for body in (sample, review, rewrite)] == [32, 16, 32]
     assert len({body["seed"] for body in (sample, review, rewrite)}) == 3
     [message] = await messages(redis, CANDIDATES, PromptSampled)
-    assert isinstance(message, PromptSampled)
     drafted, rewritten = message.candidates
     assert drafted.text in review["messages"][-1]["content"]
     assert drafted.text in rewrite["messages"][-1]["content"]
@@ -131,7 +125,6 @@ async def test_without_refinement_there_are_samples_only(start: Start, redis: Re
     async with start():
         await until(lambda: _length(redis, CANDIDATES, 1))
     [message] = await messages(redis, CANDIDATES, PromptSampled)
-    assert isinstance(message, PromptSampled)
     assert [candidate.stage for candidate in message.candidates] == ["sample"] * 8
 
 
@@ -160,7 +153,6 @@ async def test_a_prompt_that_the_decoder_refuses_is_decided_as_failed(start: Sta
     async with start():
         await until(lambda: _length(redis, DECISIONS, 1))
     [decision] = await messages(redis, DECISIONS, PromptDecided)
-    assert isinstance(decision, PromptDecided)
     assert (decision.outcome, decision.id, decision.candidates) == ("failed", "job-1/1/0", [])
     assert "the prompt is too long" in (decision.error or "")
     assert await redis.xlen(CANDIDATES) == 0

@@ -9,26 +9,16 @@ import httpx
 import pytest
 
 from gateway.worker.generation import Generator, as_failed, seed_of, together
-from services.common.contract.messages import PromptQueued, SamplingPlan
-from services.common.queue import DECISIONS
+from services.common.contract.keys import DECISIONS
+from services.common.contract.messages import PromptQueued
 from services.common.web.clients import DecoderClient, ReviewerClient
 from sipo.errors import InvalidRequest, NotFound
 from sipo.policies import PolicyStore
 from sipo.preferences import Example
 from tests.fakes import WritingDecoder, write_policy_set
+from tests.plans import sampling_plan
 
-PLAN = SamplingPlan(
-    sampling_set="demo:1",
-    reward_set="demo:1",
-    weights=[{"a": 0.5, "b": 0.5}],
-    review_weights={"a": 0.5, "b": 0.5},
-    refine=True,
-    samples_per_weight=1,
-    temperature=0.7,
-    seed=3,
-    max_tokens=8,
-    review_max_tokens=8,
-)
+PLAN = sampling_plan(seed=3)
 QUEUED = PromptQueued(
     job="job-1",
     round=1,

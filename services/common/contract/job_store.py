@@ -1,7 +1,7 @@
 """Jobs in Redis: what they are, which state may follow which, and who may move them.
 
-Every change is one script that compares before it sets. Input and artifacts are files under <data_dir>/jobs/<id>/; this module
-knows only what is small. Counts move with the queue's hand-overs (services.common.queue), never apart from them.
+Every change is one script that compares before it sets. Input and artifacts are files (services.common.contract.job_files); this
+module knows only what is small. Counts move with the queue's hand-overs (services.common.queue), never apart from them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 from uuid import uuid4
 
 import structlog
@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 from services.common.background import beside
 from services.common.contract.jobs import JobSpec, JobState
 from services.common.contract.keys import JOBS, count_field, job_key, lease_keys
+from services.common.contract.versions import VERSION, Versioned
 from sipo.errors import Conflict, NotFound
 
 NEXT: Final[dict[JobState, frozenset[JobState]]] = {
@@ -49,8 +50,9 @@ class Counts(BaseModel):
     failed: int = 0
 
 
-class Job(BaseModel):
+class Job(Versioned):
     model_config = ConfigDict(frozen=True)
+    NAMED_BY: ClassVar = "id"
 
     id: str
     spec: JobSpec
@@ -78,10 +80,11 @@ return 1
 """
 
 # KEYS job, lease; ARGV expected states (comma at both ends), token and expected round ('' asks for none), field and value…
-# -> ok | missing | fenced | round | the state that it is in
-CHANGE = """
+# -> ok | missing | version | fenced | round | the state that it is in
+CHANGE = f"""
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return 'missing' end
+if (redis.call('HGET', KEYS[1], 'version') or '{VERSION}') ~= '{VERSION}' then return 'version' end
 if ARGV[2] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[2] then return 'fenced' end
 if not string.find(ARGV[1], ',' .. state .. ',', 1, true) then return state end
 if ARGV[3] ~= '' and redis.call('HGET', KEYS[1], 'round') ~= ARGV[3] then return 'round' end
@@ -124,6 +127,7 @@ class JobStore:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self._create, self._change, self._acquire, self._renew = map(redis.register_script, (CREATE, CHANGE, ACQUIRE, RENEW))
+        self._left_out: set[str] = set()  # reasons, each logged once: services list the jobs twice a second
 
     async def create(self, spec: JobSpec, *, id: str | None = None, **fields: Any) -> Job:
         """A queued job. Its input is in its folder already (new_job_id names it), so that nobody meets a job without input."""
@@ -136,22 +140,36 @@ class JobStore:
         return job
 
     async def get(self, id: str) -> Job:
+        """NotFound, or Conflict if the job is a record of another version."""
         values = cast(dict[str, str], await self.redis.hgetall(job_key(id)))
         if not values:
             raise NotFound(f"no job {id!r}")
         return _job(values)
 
     async def list(self, *states: JobState) -> list[Job]:
-        """Newest first; all, or those in one of the states."""
+        """Newest first; all, or those in one of the states.
+
+        A record of another version is left out and logged: it is no reason to leave the other jobs alone.
+        """
         ids = cast(Sequence[str], await self.redis.zrange(JOBS, 0, -1, desc=True))
         pipeline = self.redis.pipeline(transaction=False)
         for id in ids:
             pipeline.hgetall(job_key(id))
-        jobs = [_job(values) for values in await pipeline.execute() if values]
+        jobs = [job for values in await pipeline.execute() if values and (job := self._readable(values))]
         return [job for job in jobs if not states or job.state in states]
 
+    def _readable(self, values: dict[str, str]) -> Job | None:
+        try:
+            return _job(values)
+        except Conflict as error:
+            if error.message not in self._left_out:
+                self._left_out.add(error.message)
+                log.warning("left out of the jobs", reason=error.message)
+            return None
+
     async def advance(self, id: str, from_state: JobState, to_state: JobState, *, lease: Lease | None = None, **fields: Any) -> Job:
-        """Compare-and-set: NotFound, or Conflict if the job is in another state or the lease is another's now."""
+        """Compare-and-set: NotFound, or Conflict if the job is in another state, a record of another version, or if the lease is
+        another's now."""
         allowed = NEXT.get(from_state, frozenset()) | {JobState.FAILED, JobState.CANCELLED}
         assert not from_state.ended and to_state in allowed, f"no way from {from_state} to {to_state}"
         return await self._set(id, [from_state], lease, fields | {"state": to_state})
@@ -185,6 +203,8 @@ class JobStore:
         outcome = await self._change(keys=keys, args=[f",{','.join(states)},", token, of_round or "", *_plain(values)])
         if outcome == "missing":
             raise NotFound(f"no job {id!r}")
+        if outcome == "version":
+            await self.get(id)  # raises Conflict
         if outcome == "fenced":
             raise Conflict(f"the lease on {lease and lease.name!r} is another's now")
         if outcome == "round":
@@ -217,10 +237,10 @@ class JobStore:
         while clock() < until:
             await asyncio.sleep(ttl / 3)
             try:
-                asked = clock()
+                asked_at = clock()
                 if not await self._renew(keys=[holder], args=[lease.token, int(ttl * 1000)]):
                     break
-                until = asked + ttl
+                until = asked_at + ttl
             except RedisError as error:
                 log.warning("lease not renewed", lease=lease.name, error=str(error))
         log.error("lease lost", lease=lease.name, token=lease.token)
@@ -237,5 +257,6 @@ def _plain(values: dict[str, Any]) -> list[str]:
 
 def _job(values: dict[str, str]) -> Job:
     fields = {name: json.loads(text) for name, text in values.items() if name != "state" and not name.startswith("count:")}
+    Job.refuse_another_version(fields)  # before anything else is looked for in it
     counts = {name: values.get(count_field(fields["round"], name), 0) for name in Counts.model_fields}
     return Job.model_validate(fields | {"state": values["state"], "counts": counts})

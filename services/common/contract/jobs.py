@@ -1,4 +1,7 @@
-"""What a job is: what a caller asks for, the states it goes through, and where it is kept."""
+"""What a caller asks for, and the states that a job goes through.
+
+It is kept in Redis (services.common.contract.job_store), and what is large of it in files (services.common.contract.job_files).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What things are called in Redis. services.common.contract.job_store uses the job's keys too."""
+"""What things are called in Redis, and how much a stream holds. services.common.queue and services.common.contract.job_store alone
+read and write there; others name a stream to them."""
 
 from __future__ import annotations
 

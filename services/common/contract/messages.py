@@ -4,12 +4,13 @@
     scorer ──PromptDecided──▶ sipo:decisions ──▶ trainer
 
 Messages are facts about ONE prompt of one round of one job, with everything the next stage needs: no stage joins messages.
+Which prompt that is, `job`, `round` and `prompt` of every message say; `id` is the three together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import Field
 
@@ -36,24 +37,40 @@ class SamplingPlan(Record):
     filter: Filter = Field(default=Filter(), description="how the scorer chooses among the candidates (Eq. 7)")
 
 
-class PromptQueued(Record):
+class AboutPrompt(Protocol):
+    """What every message can tell, from a field of its own or from the message inside it."""
+
+    @property
+    def job(self) -> str: ...
+
+    @property
+    def round(self) -> int: ...
+
+    @property
+    def prompt(self) -> str: ...
+
+
+class _Message(Record):
+    version: Literal[1] = 1
+
+    @property
+    def id(self: AboutPrompt) -> str:
+        """The message's identity in every stage: effects are done once per id."""
+        return f"{self.job}/{self.round}/{self.prompt}"
+
+
+class PromptQueued(_Message):
     """A prompt waits for candidates.
 
     >>> PromptQueued(job="job-1", round=1, prompt="12", example=Example(...), plan=SamplingPlan(...)).id
     'job-1/1/12'
     """
 
-    version: Literal[1] = 1
     job: str
     round: int = Field(ge=1)
     prompt: str = Field(description="the prompt's id within the job: its row in the job's input, from 0")
     example: Example
     plan: SamplingPlan
-
-    @property
-    def id(self) -> str:
-        """The message's identity in every stage: effects are done once per id."""
-        return f"{self.job}/{self.round}/{self.prompt}"
 
 
 class Candidate(Record):
@@ -72,17 +89,24 @@ class Candidate(Record):
     teacher: str | None = Field(default=None, description="who wrote it, if it is distilled: a name of SIPO_TEACHERS")
 
 
-class PromptSampled(Record):
+class PromptSampled(_Message):
     """All candidates of one prompt: ready for scoring. A rewrite comes right after the sample that it rewrites; what teachers wrote
     comes last."""
 
-    version: Literal[1] = 1
     queued: PromptQueued
     candidates: list[Candidate]
 
     @property
-    def id(self) -> str:
-        return self.queued.id
+    def job(self) -> str:
+        return self.queued.job
+
+    @property
+    def round(self) -> int:
+        return self.queued.round
+
+    @property
+    def prompt(self) -> str:
+        return self.queued.prompt
 
 
 class ScoredCandidate(Record):
@@ -91,14 +115,13 @@ class ScoredCandidate(Record):
     rejected: str | None = Field(description="None for the chosen ones, otherwise the rule that rejected it")
 
 
-class PromptDecided(Record):
+class PromptDecided(_Message):
     """The outcome for one prompt: exactly one message per prompt and round.
 
     'accepted': the chosen candidates passed the job's filter (Eq. 7); 'none': no candidate did; 'failed': `error` says why no
     decision could be made.
     """
 
-    version: Literal[1] = 1
     job: str
     round: int
     prompt: str
@@ -110,14 +133,10 @@ class PromptDecided(Record):
     rewards_1: Rewards | None = Field(default=None, description="of example.response_1 (y_1)")
     error: str | None = None
 
-    @property
-    def id(self) -> str:
-        return f"{self.job}/{self.round}/{self.prompt}"
-
     def accepted(self) -> Iterator[tuple[Candidate, str | None]]:
         """Each chosen response, and the one objective that it was chosen for (None: all)."""
-        for one in self.chosen:
-            yield self.candidates[one.candidate].candidate, one.objective
+        for choice in self.chosen:
+            yield self.candidates[choice.candidate].candidate, choice.objective
 
 
 Message = PromptQueued | PromptSampled | PromptDecided

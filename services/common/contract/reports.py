@@ -1,9 +1,12 @@
-"""What a job came to: <data_dir>/jobs/<id>/report.json, written by the trainer, read by gateway and command line."""
+"""What a job came to: a file of the job, written by the trainer, read by gateway and command line."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
+from services.common.contract.versions import Versioned
 from sipo.record import Record
 from sipo.training.settings import TrainMetrics
 
@@ -37,7 +40,9 @@ class RoundReport(Record):
     policy_set: str | None = Field(description="what the round published")
 
 
-class Report(Record):
+class Report(Versioned, Record):
+    NAMED_BY: ClassVar = "job"
+
     job: str
     policy: str
     objectives: list[str]

@@ -44,11 +44,13 @@ def stop_leftover(folder: Path, timeout: float = 10.0) -> None:
     """
     try:
         port = next(int(line.split()[1]) for line in (folder / CONFIG).read_text().splitlines() if line.startswith("port "))
-        client = redis.Redis(port=port, socket_timeout=timeout, decode_responses=True, protocol=2, retry=Retry(NoBackoff(), 0))
-        if Path(str(client.config_get("dir")["dir"])).resolve() != folder.resolve():
-            return  # the port is another's now
-        log.info("stopping the queue server that was left", folder=str(folder), port=port)
-        client.shutdown()
+        with redis.Redis(
+            port=port, socket_timeout=timeout, decode_responses=True, protocol=2, retry=Retry(NoBackoff(), 0)
+        ) as client:
+            if Path(str(client.config_get("dir")["dir"])).resolve() != folder.resolve():
+                return  # the port is another's now
+            log.info("stopping the queue server that was left", folder=str(folder), port=port)
+            client.shutdown()
     except FileNotFoundError:
         return  # never started
     except redis.RedisError:
@@ -72,17 +74,17 @@ def server(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], port: int, output: Path, timeout: float = 10.0) -> None:
+def _wait(process: subprocess.Popen[bytes], port: int, output: Path, timeout: float = 60.0) -> None:
     until = time.monotonic() + timeout
-    client = redis.Redis(port=port, retry=Retry(NoBackoff(), 0))
-    while True:
-        try:
-            client.ping()
-            return
-        except redis.RedisError as error:
-            if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"the queue server did not start: {output.read_text()[-1000:]}") from error
-            time.sleep(0.02)
+    with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
+        while True:
+            try:
+                client.ping()
+                return
+            except redis.RedisError as error:
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"the queue server did not start: {output.read_text()[-1000:]}") from error
+                time.sleep(0.02)
 
 
 if __name__ == "__main__":

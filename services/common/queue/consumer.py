@@ -39,13 +39,13 @@ log = structlog.get_logger(__name__)
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 P = ParamSpec("P")
-FollowUp = tuple[str, Message]
+FollowUp = tuple[str, Message]  # the stream that it goes to, and itself
 Target = tuple[str, int, str]  # stream, its capacity, body
 
 
 @dataclass(eq=False)
 class Delivery(Generic[M]):
-    """A message that this consumer holds. It ends in one of done, release and fail; handlers may also just raise."""
+    """A message that this consumer holds. It ends in one of done, hand_on, release and fail; handlers may also just raise."""
 
     message: M
     tries: int  # this one included
@@ -53,16 +53,22 @@ class Delivery(Generic[M]):
     data: str
     consumer: Consumer[M]
 
-    async def done(
-        self, stream: str | None = None, message: Message | None = None, *, counts: Mapping[str, int] | None = None
-    ) -> bool:
-        """Ends it and hands `message` on to `stream`; moves the job's counts by `counts`. Waits while `stream` is full.
+    async def done(self, *, counts: Mapping[str, int] | None = None) -> bool:
+        """Ends it: nothing follows. Moves the job's counts by `counts`.
 
-        False if nothing was handed on: the message is another consumer's now, or its job has ended.
+        False if it did not count: the message is another consumer's now, or its job has ended.
         """
-        targets = [] if stream is None or message is None else [(stream, self.consumer.capacity, message.model_dump_json())]
-        outcome = await self.consumer.hand_over(self.entry, self.message, targets, counts or {})
-        return outcome == "done"
+        return await self._end([], counts)
+
+    async def hand_on(self, stream: str, message: Message, *, counts: Mapping[str, int] | None = None) -> bool:
+        """Ends it and adds `message` to `stream`, for which it waits while that is full. Moves the job's counts by `counts`.
+
+        False if nothing was added: the message is another consumer's now, or its job has ended.
+        """
+        return await self._end([(stream, self.consumer.capacity, message.model_dump_json())], counts)
+
+    async def _end(self, targets: Sequence[Target], counts: Mapping[str, int] | None) -> bool:
+        return await self.consumer.hand_over(self.entry, self.message, targets, counts or {}) == "done"
 
     async def release(self, reason: str) -> None:
         """Hands it back uncounted, because something it needs is unavailable; the consumer waits before it takes more."""
@@ -85,7 +91,7 @@ OnDead = Callable[[M, str], FollowUp | None]
 def each(handle: Callable[[Delivery[M]], Awaitable[None]]) -> Handler[M]:
     """A handler of batches from one of single deliveries: all at once, each with its own error."""
 
-    async def one(delivery: Delivery[M]) -> None:
+    async def handle_one(delivery: Delivery[M]) -> None:
         try:
             await handle(delivery)
         except Exception as error:
@@ -94,7 +100,7 @@ def each(handle: Callable[[Delivery[M]], Awaitable[None]]) -> Handler[M]:
     async def all_at_once(batch: list[Delivery[M]]) -> None:
         async with asyncio.TaskGroup() as tasks:
             for delivery in batch:
-                tasks.create_task(one(delivery))
+                tasks.create_task(handle_one(delivery))
 
     return all_at_once
 
@@ -199,8 +205,8 @@ class Consumer(Generic[M]):
 
     async def _read(self, room: int, wait: float) -> list[tuple[str, dict[str, str]]]:
         block = max(1, int(wait * 1000))  # 0 would be for ever
-        found: Any = await self.redis.xreadgroup(self.group, self.name, {self.stream: ">"}, count=room, block=block)
-        return cast(list[tuple[str, dict[str, str]]], found[0][1] if found else [])
+        streams: Any = await self.redis.xreadgroup(self.group, self.name, {self.stream: ">"}, count=room, block=block)
+        return cast(list[tuple[str, dict[str, str]]], streams[0][1] if streams else [])
 
     async def _receive(self, entry: str, fields: Mapping[str, str], tries: int) -> list[Delivery[M]]:
         """The delivery; none if the message cannot be read or has been tried enough: then it is dead."""
@@ -254,7 +260,7 @@ class Consumer(Generic[M]):
             args += [capacity, body]
         for name, by in counts.items():
             assert message is not None
-            args += [count_field(message.id.split("/")[1], name), by]
+            args += [count_field(message.round, name), by]
         while (outcome := await self._insist(self._hand_over, keys=keys, args=args)) == "full":
             if self._stopping.is_set():
                 raise Unavailable(f"no room in {', '.join(keys[2:])}")
@@ -310,8 +316,8 @@ class Consumer(Generic[M]):
             except RedisError as error:
                 log.warning("no heartbeat", stream=self.stream, error=str(error))
             else:
-                if still := [entry for entry in lost if entry in self._held]:
-                    log.warning("held too long without heartbeat, now another's", stream=self.stream, entries=still)
+                if overtaken := [entry for entry in lost if entry in self._held]:
+                    log.warning("held too long without heartbeat, now another's", stream=self.stream, entries=overtaken)
 
     async def _wait_for_the_unavailable(self) -> None:
         if self._unavailable:
@@ -353,4 +359,4 @@ class Consumer(Generic[M]):
 
 
 def _job_key(message: Message | None) -> str:
-    return job_key("" if message is None else message.id.split("/")[0])
+    return job_key("" if message is None else message.job)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Iterable
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 from prometheus_client import Gauge
-from pydantic import BaseModel
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
@@ -16,6 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.common.contract.keys import CAPACITY, PROMPTS, STREAMS, count_field, dead, job_key
 from services.common.contract.messages import Message, PromptQueued
+from services.common.contract.versions import Versioned
 from services.common.queue.scripts import FEED, LEAVE, PUT, REQUEUE
 
 ABSENT = 3600.0  # seconds after which a consumer without messages is forgotten
@@ -25,8 +25,10 @@ DEPTH = Gauge("sipo_queue_depth", "Messages in a stream, by where they are", ["s
 Fed = Literal["fed", "full", "moved", "closed"]
 
 
-class DeadLetter(BaseModel):
+class DeadLetter(Versioned):
     """A message that could not be handled, as it lay in `stream`, and why."""
+
+    NAMED_BY: ClassVar = "stream"
 
     stream: str
     data: str
@@ -78,7 +80,7 @@ class Queue:
         return cast(Fed, await self._feed(keys=[PROMPTS, job_key(message.job)], args=args))
 
     async def dead(self, stream: str) -> list[tuple[str, DeadLetter]]:
-        """The dead messages of a stream by their entry, oldest first."""
+        """The dead messages of a stream by their entry, oldest first. Conflict if one is a record of another version."""
         entries = cast(list[tuple[str, dict[str, str]]], await self.redis.xrange(dead(stream)))
         return [(entry, DeadLetter.model_validate_json(fields["data"])) for entry, fields in entries]
 
@@ -118,8 +120,8 @@ class Queue:
                         await self._leave(keys=[stream], args=[group["name"], consumer["name"]])
 
 
-async def _stream_info(asked: Awaitable[Any]) -> list[dict[str, Any]]:
+async def _stream_info(reply: Awaitable[Any]) -> list[dict[str, Any]]:
     try:
-        return cast(list[dict[str, Any]], await asked)
+        return cast(list[dict[str, Any]], await reply)
     except ResponseError:  # no such stream yet
         return []
