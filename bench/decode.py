@@ -25,8 +25,8 @@ import torch
 from safetensors import safe_open
 
 from bench.report import Figure, report
-from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
-from sipo.policies import BaseModelRef, Draft
+from sipo.models import BUNDLED_MODEL, BaseModelRef, model_sha256, resolve_model
+from sipo.policies import Draft
 from sipo.prompts import PromptFormat
 from support.decoder import ServedDecoder, random_adapter
 

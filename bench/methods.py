@@ -11,38 +11,36 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from bench.filters import decide
 from bench.report import FOLDER as BENCH
 from bench.report import Figure, report
-from gateway.cli.train.plan import PlannedRun
-from gateway.cli.train.runs import RUN, Runs
 from gateway.settings import GatewaySettings
 from gateway.shipped import publish_shipped
 from services.common.contract.messages import PromptDecided
 from services.common.local.training import run_child
-from services.trainer.rounds import pareto_pairs_of
+from services.trainer.pairs import pareto_pairs_of
 from sipo.datasets import bundled_examples
 from sipo.lora import load_adapter
-from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
-from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
+from sipo.models import BUNDLED_MODEL, Base
+from sipo.policies import Draft, PolicySet, PolicyStore
 from sipo.preferences import Example, Weights
-from sipo.prompts import PromptFormat
 from sipo.rewards import Group, RewardModel
 from sipo.selection import Filter
 from sipo.soups import interpolated_soup, save_adapter
-from sipo.training.data import Design, alignment_pairs
-from sipo.training.methods import lw_pairs, modpo_margins
+from sipo.training.data import Design
+from sipo.training.planning import PlannedRun, Planner
 from sipo.training.presets import read_preset
-from sipo.training.settings import ADAPTER, Progress, TrainRun
+from sipo.training.run_set import RunSet
+from sipo.training.settings import Progress
 from sipo.training.sft import RECIPE, SftRun, sft_rows, train_sft
 
 FOLDER = BENCH.parent / "methods"
@@ -60,18 +58,8 @@ ALIGNMENT = PRESET.alignment.model_copy(
 class Bundled:
     """What every run begins with."""
 
-    base: Path
-    sha256: str
-    tokenizer: Any
+    base: Base
     shipped: PolicySet
-
-    @property
-    def prompt_format(self) -> PromptFormat:
-        return self.shipped.manifest.prompt_format
-
-    def run(self, objective: str, **fields: Any) -> TrainRun:
-        usual = {"base": self.base, "base_name": BUNDLED_MODEL, "prompt_format": self.prompt_format, "settings": ALIGNMENT}
-        return TrainRun(objective=objective, **usual | fields)
 
     def adapters(self) -> dict[str, Path]:
         return {name: self.shipped.adapter_dir(name) for name in self.shipped.objectives}
@@ -79,33 +67,31 @@ class Bundled:
 
 def plan(bundled: Bundled, decisions: Sequence[PromptDecided]) -> list[PlannedRun]:
     """Named METHOD for one model of both objectives, METHOD-OBJECTIVE for a policy."""
-    examples, adapters = bundled_examples("train"), bundled.adapters()
-    found = [PlannedRun("lw", bundled.run("lw", method="lw", weights=EQUAL), list(lw_pairs(examples, EQUAL)))]
-    for name, adapter in adapters.items():
-        own = list(alignment_pairs(examples, name))
-        found.append(PlannedRun(f"dpo-{name}", bundled.run(name), own))
+    planner, examples = Planner(bundled.base, bundled.shipped), bundled_examples("train")
+    runs = [planner.lw(EQUAL, examples, ALIGNMENT)]
+    for name in bundled.shipped.objectives:
+        runs.append(replace(planner.dpo(name, examples, ALIGNMENT), name=f"dpo-{name}"))
         for divergence in DIVERGENCES:
             settings = ALIGNMENT.model_copy(update={"divergence": divergence})
-            found.append(PlannedRun(f"{divergence}-{name}", bundled.run(name, settings=settings), own))
-        margins = modpo_margins(EQUAL, name, adapters, beta_ratio=bundled.shipped.manifest.beta / ALIGNMENT.beta)
-        modpo = bundled.run(name, method="modpo", weights=EQUAL, margins=margins)
-        found.append(PlannedRun(f"modpo_of_{name}", modpo, own))
+            runs.append(replace(planner.dpo(name, examples, settings), name=f"{divergence}-{name}"))
+        runs.append(replace(planner.modpo(name, EQUAL, examples, ALIGNMENT), name=f"modpo_of_{name}"))
         for design in get_args(Design):
             settings = PRESET.sipo.model_copy(update={"batch_size": 4})
-            run = bundled.run(name, method="sipo", start=adapter, settings=settings)
-            found.append(PlannedRun(f"sipo_{design}-{name}", run, pareto_pairs_of(decisions, name, design)))
-    return found
+            pairs = pareto_pairs_of(decisions, name, design)
+            runs.append(replace(planner.sipo(name, pairs, settings), name=f"sipo_{design}-{name}"))
+    return runs
 
 
 def train_all(planned: Sequence[PlannedRun]) -> dict[str, Path]:
     """The adapters, by name; what is finished is not trained again. Raises InvalidRequest if there are runs with other settings."""
-    runs = Runs(FOLDER / "runs", planned)
+    runs = RunSet(FOLDER / "runs", planned)
     runs.prepare()
-    for one in planned:
-        if runs.finished(one) is None:
-            metrics = asyncio.run(run_child(runs.folder(one) / RUN, _silent))
-            print(f"{one.name}: {metrics.pairs} pairs, {metrics.steps} steps, {metrics.seconds:.0f} s", flush=True)
-    return {one.name: runs.folder(one) / ADAPTER for one in planned}
+    folders = {run.name: runs.run_folder(run) for run in planned}
+    for name, folder in folders.items():
+        if folder.finished() is None:
+            metrics = asyncio.run(run_child(folder.run_file, _silent))
+            print(f"{name}: {metrics.pairs} pairs, {metrics.steps} steps, {metrics.seconds:.0f} s", flush=True)
+    return {name: folder.adapter for name, folder in folders.items()}
 
 
 async def _silent(_progress: Progress) -> None:
@@ -131,13 +117,13 @@ def accuracies(bundled: Bundled, adapters: Mapping[str, Path], soups: Sequence[W
     store = PolicyStore(FOLDER / "policies")
     draft = Draft(
         name="methods",
-        base=BaseModelRef(name=BUNDLED_MODEL, sha256=bundled.sha256),
-        prompt_format=bundled.prompt_format,
+        base=bundled.base.ref,
+        prompt_format=bundled.shipped.manifest.prompt_format,
         objectives=list(adapters),
         beta=ALIGNMENT.beta,
     )
-    policy_set = store.publish(draft, adapters, bundled.base)
-    model = RewardModel.load(bundled.base, store, base_sha256=bundled.sha256, device="auto")
+    policy_set = store.publish(draft, adapters, bundled.base.folder)
+    model = RewardModel.load(bundled.base.folder, store, base_sha256=bundled.base.ref.sha256, device="auto")
     examples = held_out()
     groups = [group(bundled, example) for example in examples]
     rewards = model.score(policy_set.id, groups, soups)
@@ -158,20 +144,21 @@ def held_out() -> list[Example]:
 
 
 def group(bundled: Bundled, example: Example) -> Group:
-    to_ids, tokenizer = bundled.prompt_format, bundled.tokenizer
+    to_ids, tokenizer = bundled.shipped.manifest.prompt_format, bundled.base.tokenizer
     responses = [to_ids.response_ids(text, tokenizer) for text in (example.response_0, example.response_1)]
     return Group(to_ids.prompt_ids(example.prompt, tokenizer), responses)
 
 
 def fine_tune(bundled: Bundled, settings: GatewaySettings) -> tuple[float, float]:
     """Loss per token of the held-out responses before and after SFT on both responses of so many training pairs."""
-    run = SftRun(bundled.base, BUNDLED_MODEL, bundled.prompt_format, PRESET.sft)
+    base = bundled.base
+    run = SftRun(base.folder, base.ref.name, bundled.shipped.manifest.prompt_format, PRESET.sft)
     out = FOLDER / "sft"
     if not (out / RECIPE).exists():
         train_sft(run, bundled_examples("train")[:MAX_PAIRS], out, lambda _progress: None, cache_dir=settings.cache_dir)
     # Below 40 prompts sft_rows holds nothing out, above it some: here both parts are held out.
-    rows = sft_rows(held_out(), bundled.prompt_format, bundled.tokenizer, run.settings)
-    return (_loss(bundled.base, [*rows.train, *rows.validation]), _loss(out, [*rows.train, *rows.validation]))
+    rows = sft_rows(held_out(), run.prompt_format, base.tokenizer, run.settings)
+    return (_loss(base.folder, [*rows.train, *rows.validation]), _loss(out, [*rows.train, *rows.validation]))
 
 
 @torch.inference_mode()
@@ -199,9 +186,7 @@ def show(found: Mapping[str, Mapping[str, float]]) -> None:
 
 def main() -> None:
     settings = GatewaySettings(data_dir=FOLDER / "data")
-    base = resolve_model(BUNDLED_MODEL, settings.cache_dir)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    bundled = Bundled(base, model_sha256(base, settings.cache_dir), tokenizer, publish_shipped(settings))
+    bundled = Bundled(Base.open(BUNDLED_MODEL, settings.cache_dir), publish_shipped(settings))
     trained = train_all(plan(bundled, round_decisions()))
     before, after = fine_tune(bundled, settings)
 

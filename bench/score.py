@@ -34,8 +34,8 @@ from bench.decode import CACHE, Process, median_ratio
 from bench.report import Figure, report
 from services.common.local.stack import KEEP_MEMORY, SHARE_CORES
 from sipo.datasets.bundled import bundled_eval_prompts
-from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
-from sipo.policies import BaseModelRef, Draft, PolicyStore
+from sipo.models import BUNDLED_MODEL, BaseModelRef, model_sha256, resolve_model
+from sipo.policies import Draft, PolicyStore
 from sipo.preferences import format_weights, sampling_weights
 from sipo.prompts import PromptFormat
 from sipo.rewards import Group, RewardModel, Rewards

@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from bench.decode import CACHE, Process, median_ratio
@@ -40,11 +40,11 @@ from bench.report import Figure, report
 from bench.score import GPU, peak_bytes
 from services.common.local.stack import KEEP_MEMORY
 from sipo.datasets.bundled import bundled_examples
-from sipo.models import BUNDLED_MODEL, resolve_model
+from sipo.models import BUNDLED_MODEL, Base
 from sipo.precision import torch_dtype
-from sipo.prompts import PromptFormat
-from sipo.training.arguments import TRAINED_MODULES, WEIGHT_DECAY
-from sipo.training.data import TokenisedPairs, alignment_pairs, tokenise
+from sipo.training.arguments import WEIGHT_DECAY, fresh_lora
+from sipo.training.data import TokenisedPairs, tokenise
+from sipo.training.planning import PlannedRun, Planner
 from sipo.training.reporting import Reporter
 from sipo.training.run import build_trainer
 from sipo.training.settings import TrainRun, TrainSettings
@@ -156,9 +156,7 @@ class Plain:
         model = AutoModelForCausalLM.from_pretrained(self.run.base, dtype=dtype)
         fresh = None
         if self.run.start is None:
-            fresh = LoraConfig(
-                r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TRAINED_MODULES, task_type="CAUSAL_LM"
-            )
+            fresh = fresh_lora(settings)
         else:
             model = PeftModel.from_pretrained(model, self.run.start, is_trainable=True)
         args = DPOConfig(
@@ -192,12 +190,11 @@ class Plain:
 # The comparison
 
 
-def make_pairs(base: Path) -> tuple[TokenisedPairs, list[dict[str, str]]]:
-    """The first pairs that a run would draw from the bundled data, and the same as texts, to which TRL adds the end token."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+def make_pairs(planned: PlannedRun, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenisedPairs, list[dict[str, str]]]:
+    """The first pairs that the run would draw, and the same as texts, to which TRL adds the end token."""
     data = tokenise(
-        list(alignment_pairs(bundled_examples("train"), OBJECTIVE)),
-        PromptFormat.of(tokenizer),
+        planned.pairs,
+        planned.run.prompt_format,
         tokenizer,
         max_prompt_tokens=SETTINGS.max_prompt_tokens,
         max_response_tokens=SETTINGS.max_response_tokens,
@@ -252,17 +249,12 @@ def speeds(name: str, epochs: list[Epoch], tokens: int) -> list[Figure]:
     ]
 
 
-def compare(base: Path) -> list[Figure]:
-    data, rows = make_pairs(base)
-    first = TrainRun(
-        objective=OBJECTIVE,
-        base=base,
-        base_name=BUNDLED_MODEL,
-        prompt_format=PromptFormat.of(AutoTokenizer.from_pretrained(base)),
-        settings=SETTINGS,
-    )
+def compare(base: Base) -> list[Figure]:
+    planned = Planner(base).dpo(OBJECTIVE, bundled_examples("train"), SETTINGS)
+    first = planned.run
+    data, rows = make_pairs(planned, base.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        start = random_adapter(base, Path(folder) / OBJECTIVE, seed=0, rank=SETTINGS.lora_rank, scale=0.02)
+        start = random_adapter(base.folder, Path(folder) / OBJECTIVE, seed=0, rank=SETTINGS.lora_rank, scale=0.02)
         again = first.model_copy(update={"start": start, "settings": SETTINGS.model_copy(update={"alpha": ALPHA})})
         ours, plain = race("DPO", first, data, rows)
         ours8, plain8 = race("Eq. 8", again, data, rows)
@@ -282,7 +274,7 @@ def compare(base: Path) -> list[Figure]:
 
 def main() -> None:
     os.environ |= KEEP_MEMORY | {"TQDM_DISABLE": "1"}  # read when a process starts: of use to the contestants, not here
-    base = resolve_model(BUNDLED_MODEL, CACHE)
+    base = Base.open(BUNDLED_MODEL, CACHE)
     how = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} cores"
     machine = f"{platform.machine()}, {how}, SmolLM2-135M, {PAIRS} pairs, {BATCH} a step, {ROUNDS} rounds"
     report("train", machine, compare(base))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from services.common.settings import CommonSettings
 from sipo.errors import InvalidRequest
-from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
-from sipo.policies import BaseModelRef, Draft, Manifest, PolicySet
+from sipo.models import BUNDLED_MODEL, Base
+from sipo.policies import Draft, Manifest, PolicySet
 
 FOLDER = Path(str(files("sipo"))) / "data" / "policies" / "demo"
 
@@ -22,11 +22,10 @@ def publish_shipped(settings: CommonSettings) -> PolicySet:
         raise InvalidRequest(f"the shipped policies belong to {BUNDLED_MODEL}: leave SIPO_MODEL unset, or give your own data")
     shipped = Manifest.model_validate_json((FOLDER / "manifest.json").read_text())
     store = settings.policies
-    base = resolve_model(settings.model, settings.cache_dir)
-    here = BaseModelRef(name=settings.model, sha256=model_sha256(base, settings.cache_dir))
+    base = Base.open(settings.model, settings.cache_dir)
     for known in store.sets():
-        if known.manifest.adapters == shipped.adapters and known.manifest.base == here:
+        if known.manifest.adapters == shipped.adapters and known.manifest.base == base.ref:
             return known
-    fields = {name: getattr(shipped, name) for name in Draft.model_fields} | {"base": here}
+    fields = {name: getattr(shipped, name) for name in Draft.model_fields} | {"base": base.ref}
     adapters = {name: FOLDER / name for name in shipped.objectives}
-    return store.publish(Draft(**fields), adapters, base, activate=store.current(shipped.name) is None)
+    return store.publish(Draft(**fields), adapters, base.folder, activate=store.current(shipped.name) is None)

@@ -8,25 +8,23 @@ FOLDER keeps the runs (settings, pairs, progress, metrics); a run that is finish
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from sipo.datasets import bundled_examples
-from sipo.models import BUNDLED_MODEL, model_sha256, resolve_model
-from sipo.policies import AdapterRef, BaseModelRef, Manifest, adapter_sha256
-from sipo.prompts import PromptFormat
-from sipo.training.data import alignment_pairs
-from sipo.training.settings import ADAPTER, METRICS, PAIRS, TrainMetrics, TrainRun, TrainSettings, write_run
+from sipo.models import BUNDLED_MODEL, Base
+from sipo.policies import AdapterRef, Manifest, adapter_sha256
+from sipo.training.planning import Planner
+from sipo.training.run_folder import RunFolder
+from sipo.training.run_set import draft_of
+from sipo.training.settings import TrainSettings
 
 OBJECTIVES = ["concise", "warm"]
 TARGET = Path(__file__).parents[1] / "sipo" / "data" / "policies" / "demo"
@@ -34,42 +32,29 @@ SETTINGS = TrainSettings(learning_rate=5e-4, batch_size=4, alpha=0, lora_rank=8,
 
 
 def main(folder: Path) -> None:
-    cache = Path("~/.cache/sipo").expanduser()
-    base = resolve_model(BUNDLED_MODEL, cache)
-    prompt_format = PromptFormat.of(AutoTokenizer.from_pretrained(base))
+    base = Base.open(BUNDLED_MODEL, Path("~/.cache/sipo").expanduser())
     examples = bundled_examples("train")
 
-    running = {}
-    for objective in OBJECTIVES:
-        run_folder = folder / objective
-        run = TrainRun(objective=objective, base=base, base_name=BUNDLED_MODEL, prompt_format=prompt_format, settings=SETTINGS)
-        path = write_run(run_folder, run)
-        with (run_folder / PAIRS).open("w") as file:
-            file.writelines(json.dumps(pair) + "\n" for pair in alignment_pairs(examples, objective))
-        if not (run_folder / METRICS).exists():
+    runs, running = {objective: RunFolder(folder / objective) for objective in OBJECTIVES}, {}
+    for objective, run_folder in runs.items():
+        planned = Planner(base).dpo(objective, examples, SETTINGS)
+        run_folder.prepare(planned.run, planned.pairs)
+        if run_folder.finished() is None:
             environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(OBJECTIVES)))}
-            running[objective] = subprocess.Popen([sys.executable, "-m", "sipo.training", str(path)], env=environment)
+            running[objective] = subprocess.Popen(
+                [sys.executable, "-m", "sipo.training", str(run_folder.run_file)], env=environment
+            )
     if failed := [objective for objective, process in running.items() if process.wait() != 0]:
         sys.exit(f"training failed for {', '.join(failed)}")
 
     shutil.rmtree(TARGET, ignore_errors=True)
-    for objective in OBJECTIVES:
-        shutil.copytree(folder / objective / ADAPTER, TARGET / objective)
+    for objective, run_folder in runs.items():
+        shutil.copytree(run_folder.adapter, TARGET / objective)
         _halve(TARGET / objective / "adapter_model.safetensors")
     manifest = Manifest(
-        name="demo",
+        **draft_of("demo", runs, base=base.ref).model_dump(),
         version=1,
         created=datetime.now(UTC),
-        base=BaseModelRef(name=BUNDLED_MODEL, sha256=model_sha256(base, cache)),
-        prompt_format=prompt_format,
-        objectives=OBJECTIVES,
-        beta=SETTINGS.beta,
-        data_sha256=sha256(b"".join((folder / objective / PAIRS).read_bytes() for objective in OBJECTIVES)).hexdigest(),
-        settings=SETTINGS.model_dump(),
-        metrics={
-            objective: TrainMetrics.model_validate_json((folder / objective / METRICS).read_text()).model_dump()
-            for objective in OBJECTIVES
-        },
         adapters={
             objective: AdapterRef(sha256=adapter_sha256(TARGET / objective), rank=SETTINGS.lora_rank) for objective in OBJECTIVES
         },

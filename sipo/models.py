@@ -11,12 +11,54 @@ import importlib.util
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sipo.errors import NotFound
 from sipo.files import write_atomically
+from sipo.prompts import PromptFormat
+from sipo.record import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BUNDLED_MODEL = "smollm2-135m"
+
+
+class BaseModelRef(Record):
+    """The model that the adapters change: its name for people, its hash for machines."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine. Its weights stay on disk, for whoever computes with them to load."""
+
+    folder: Path
+    ref: BaseModelRef
+
+    @classmethod
+    def open(cls, name: str, cache_dir: Path) -> Base:
+        """By its name, as for resolve_model."""
+        folder = resolve_model(name, cache_dir)
+        return cls(folder, BaseModelRef(name=name, sha256=model_sha256(folder, cache_dir)))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loaded when it is first asked for: transformers takes seconds to import, and who only publishes does without."""
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        return tokenizer
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """The natural one of this model."""
+        return PromptFormat.of(self.tokenizer)
 
 
 def resolve_model(name: str, cache_dir: Path) -> Path:

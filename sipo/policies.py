@@ -11,6 +11,7 @@ again.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from pydantic import Field, ValidationError
 
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, NotFound
 from sipo.files import sync, sync_tree
+from sipo.models import BaseModelRef
 from sipo.preferences import BASE, Weights, check_objectives, uniform_weights
 from sipo.prompts import PromptFormat
 from sipo.record import Record
@@ -40,11 +42,21 @@ _FOR_PEOPLE = ("README.md", "loss.png")
 """A model card and a loss curve, where there are any."""
 
 
-class BaseModelRef(Record):
-    """The model that the adapters change: its name for people, its hash for machines."""
+class JobRound(Record):
+    """A round of a job; round 0 is its first alignment."""
 
-    name: str
-    sha256: str
+    job: str
+    round: int
+
+
+class TrainedRuns(Record):
+    """Training runs that belong to no job, by what they came to: see adapters_sha256."""
+
+    adapters_sha256: str
+
+
+MadeBy = JobRound | TrainedRuns
+"""What a set was made by. Under one name there is one set for each."""
 
 
 class AdapterRef(Record):
@@ -64,6 +76,8 @@ class Draft(Record):
     """0 for a first alignment, k for the k-th SIPO round."""
     parent: str | None = None
     data_sha256: str | None = None
+    made_by: MadeBy | None = None
+    """None: adapters that come from elsewhere."""
     settings: dict[str, Any] = Field(default={})
     metrics: dict[str, Any] = Field(default={})
 
@@ -160,6 +174,11 @@ class PolicyStore:
             return None
         return self._read(self.root / name / version)
 
+    def published_by(self, name: str, made_by: MadeBy) -> PolicySet | None:
+        """The set of this name that was made by it, if it is published: a crash may have kept its publisher from telling so."""
+        policy_sets = (self.get(f"{name}:{version}") for version in self._versions(name))
+        return next((policy_set for policy_set in policy_sets if _made_by(policy_set.manifest) == made_by), None)
+
     def activate(self, reference: str) -> PolicySet:
         """Makes "demo:2" the current set of "demo"."""
         if ":" not in reference:
@@ -226,6 +245,20 @@ def adapter_sha256(folder: Path) -> str:
         with (folder / name).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
+
+
+def adapters_sha256(adapters: Mapping[str, str]) -> str:
+    """Of a set's adapters as a whole; `adapters`: the hash of each objective's."""
+    return hashlib.sha256(json.dumps(adapters, sort_keys=True).encode()).hexdigest()
+
+
+def _made_by(manifest: Manifest) -> MadeBy:
+    """Manifests from before `made_by` had the job among the settings, and other sets were known by their adapters."""
+    if manifest.made_by is not None:
+        return manifest.made_by
+    if "job" in manifest.settings:
+        return JobRound(job=manifest.settings["job"], round=manifest.settings["job_round"])
+    return TrainedRuns(adapters_sha256=adapters_sha256({name: adapter.sha256 for name, adapter in manifest.adapters.items()}))
 
 
 def _copy_adapter(source: Path, target: Path, base: Path) -> AdapterRef:

@@ -19,8 +19,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from sipo.models import BUNDLED_MODEL, model_sha256
-from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
+from sipo.models import BUNDLED_MODEL, BaseModelRef, model_sha256
+from sipo.policies import Draft, PolicySet, PolicyStore
 from sipo.prompts import PromptFormat
 from support import PATIENCE
 

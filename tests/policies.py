@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
+from sipo.models import BaseModelRef
+from sipo.policies import Draft, PolicySet, PolicyStore
 from sipo.preferences import Weights, format_weights
 from sipo.prompts import PromptFormat
 

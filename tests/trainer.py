@@ -16,16 +16,18 @@ from safetensors.torch import save_file
 from services.common.background import end_tasks
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobSpec, JobState
+from services.common.contract.keys import DECISIONS
 from services.common.contract.messages import Candidate, PromptDecided, ScoredCandidate
 from services.common.contract.reports import Report
-from services.common.queue import DECISIONS, Consumer, Queue
+from services.common.queue import Consumer, Queue
 from services.common.web.clients import DecoderClient
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Stages
 from sipo.policies import Draft
 from sipo.preferences import Example, uniform_weights
 from sipo.selection import Chosen
-from sipo.training.settings import Measure, Progress, TrainMetrics, TrainSettings, read_run
+from sipo.training.run_folder import RunFolder
+from sipo.training.settings import Measure, Progress, TrainMetrics, TrainSettings
 from support import PATIENCE
 
 Tell = Callable[[Progress], Awaitable[None]]
@@ -74,10 +76,11 @@ def stand_in(adapter: Path, made: list[str]) -> Callable[[Path, Tell], Awaitable
     """A training process that copies an adapter, and adds its run to `made`, as "round-0/warm"."""
 
     async def run_child(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
-        run = read_run(path)
+        folder = RunFolder(path.parent)
+        run = folder.run()
         made.append(f"{path.parent.parent.name}/{path.parent.name}")
         await tell(Progress(objective=run.objective, stage="training", step=1, of=1, seconds_left=0, loss=0.5))
-        await asyncio.to_thread(_copy, adapter, path.parent / "adapter")
+        await asyncio.to_thread(_copy, adapter, folder.adapter)
         measure = Measure(loss=0.5, margin=0, accuracy=1)
         metrics = TrainMetrics(
             objective=run.objective,
@@ -95,7 +98,7 @@ def stand_in(adapter: Path, made: list[str]) -> Callable[[Path, Tell], Awaitable
             before=measure,
             after=measure,
         )
-        (path.parent / "metrics.json").write_text(metrics.model_dump_json())
+        folder.finish(metrics)
         return metrics
 
     return run_child

@@ -11,8 +11,8 @@ from rich.table import Table
 from gateway.cli.console import console
 from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
-from sipo.models import model_sha256, resolve_model
-from sipo.policies import BaseModelRef, Draft, PolicyStore
+from sipo.models import Base
+from sipo.policies import Draft, PolicyStore
 from sipo.preferences import format_weights, normalize_weights, parse_weights
 from sipo.prompts import PromptFormat
 
@@ -92,19 +92,15 @@ def import_adapters(
             raise InvalidRequest(f"{folder} is no folder")
         folders[objective] = Path(folder)
     settings = load(CommonSettings)
-    base_name = model or settings.model
-    base = resolve_model(base_name, settings.cache_dir)
-
-    from transformers import AutoTokenizer
-
+    base = Base.open(model or settings.model, settings.cache_dir)
     draft = Draft(
         name=name,
-        base=BaseModelRef(name=base_name, sha256=model_sha256(base, settings.cache_dir)),
-        prompt_format=PromptFormat.of(AutoTokenizer.from_pretrained(base), system=system),
+        base=base.ref,
+        prompt_format=PromptFormat.of(base.tokenizer, system=system),
         objectives=list(folders),
         beta=beta,
     )
-    published = _store().publish(draft, folders, base, activate=activate)
+    published = _store().publish(draft, folders, base.folder, activate=activate)
     hint = "it is current" if activate else f"make it current with `sipo policies activate {published.id}`"
     console.print(f"published {published.id}; {hint}")
 

@@ -3,52 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from redis.asyncio import Redis
 
 from services.common.background import beside
 from services.common.contract.job_store import JobStore
+from services.common.contract.keys import DECISIONS
 from services.common.contract.messages import PromptDecided
-from services.common.local.training import launch_command
-from services.common.queue import DECISIONS, Consumer, unanswered
+from services.common.local.training import launch_command, run_child
+from services.common.queue import Consumer, unanswered
 from services.common.web import app as common
-from services.trainer.decoders import decoder_clients
+from services.common.web.clients import DecoderClient
 from services.trainer.lifecycle import Lifecycle
-from services.trainer.rounds import Base, Stages
+from services.trainer.rounds import Stages
 from services.trainer.settings import TrainerSettings
-from sipo.models import model_sha256, resolve_model
-from sipo.policies import BaseModelRef
-from sipo.prompts import PromptFormat
+from sipo.models import Base
 
 TRAINER_LEASE = "trainer"
 BATCH = 64
 
 
-def open_base(settings: TrainerSettings) -> Base:
-    """Finds the base model; its weights stay on disk, training runs load them."""
-    from transformers import AutoTokenizer
+def open_stages(settings: TrainerSettings) -> Stages:
+    """With the base model, whose weights stay on disk: training runs load them."""
+    base = Base.open(settings.model, settings.cache_dir)
+    base.prompt_format.check(base.tokenizer)  # here its tokenizer is loaded: a base without one ends the start, not the first job
+    command = launch_command(settings.trainer_accelerate, gpu_memory=settings.trainer_gpu_memory)
+    return Stages(base, settings.policies, settings.jobs_dir, partial(run_child, command=command))
 
-    folder = resolve_model(settings.model, settings.cache_dir)
-    ref = BaseModelRef(name=settings.model, sha256=model_sha256(folder, settings.cache_dir))
-    return Base(folder, ref, PromptFormat.of(AutoTokenizer.from_pretrained(folder)))
 
-
-def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float = 30.0) -> FastAPI:
-    """Closes `redis` when the application ends. Only one trainer works at a time; others wait, and are not ready."""
+def create_app(
+    settings: TrainerSettings,
+    redis: Redis,
+    open_stages: Callable[[TrainerSettings], Stages],
+    decoders: Sequence[DecoderClient],
+    *,
+    lease_seconds: float = 30.0,
+) -> FastAPI:
+    """`open_stages` may take its time, in a thread; `decoders` are those that sleep while policies are trained. Closes `redis` and
+    `decoders` when the application ends. Only one trainer works at a time; others wait, and are not ready."""
     state = {"waiting": "the base model is being looked up"}
 
     async def work() -> None:
-        base = await asyncio.to_thread(open_base, settings)
-        command = launch_command(settings.trainer_accelerate, gpu_memory=settings.trainer_gpu_memory)
-        stages = Stages(base, settings.policies, settings.jobs_dir, command)
+        stages = await asyncio.to_thread(open_stages, settings)
         jobs = JobStore(redis)
         state["waiting"] = "another trainer holds the lease"
-        async with AsyncExitStack() as stack, jobs.lease(TRAINER_LEASE, lease_seconds) as lease:
-            clients = decoder_clients(settings.decoder_url) if settings.decoder_sleeps else []
-            decoders = [await stack.enter_async_context(client) for client in clients]
+        async with jobs.lease(TRAINER_LEASE, lease_seconds) as lease:
             lifecycle = Lifecycle(stages, jobs, lease, decoders)
             consumer = Consumer(redis, DECISIONS, model=PromptDecided, batch=BATCH)
             async with consumer.running(lifecycle.keep):
@@ -58,11 +61,12 @@ def create_app(settings: TrainerSettings, redis: Redis, *, lease_seconds: float 
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        try:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(redis.aclose)
+            for decoder in decoders:
+                await stack.enter_async_context(decoder)
             async with beside(work()):
                 yield
-        finally:
-            await redis.aclose()
 
     async def ready() -> str | None:
         return await unanswered(redis) or state.get("waiting")

@@ -7,7 +7,7 @@ begins with the state it finds. Changes are made under the trainer's lease, so a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -23,7 +23,8 @@ from services.common.queue import Delivery
 from services.common.web.clients import DecoderClient
 from services.trainer.decisions import DecisionLog
 from services.trainer.decoders import asleep
-from services.trainer.rounds import Stages, why_not_trainable
+from services.trainer.reporting import why_not_trainable
+from services.trainer.rounds import Stages, Tell
 from sipo.errors import Conflict, SipoError, Unavailable
 from sipo.training.settings import Progress
 
@@ -187,9 +188,9 @@ class Lifecycle:
             log.info("ended from outside", reason=str(error))
             return
         log.error("the job failed", exc_info=error)
-        said = error.message if isinstance(error, SipoError) else f"{type(error).__name__}: {error}"
+        reason = error.message if isinstance(error, SipoError) else f"{type(error).__name__}: {error}"
         with suppress(Conflict):  # cancelled in this very moment
-            await self._advance(current, JobState.FAILED, error=said)
+            await self._advance(current, JobState.FAILED, error=reason)
 
     async def _advance(self, job: Job, to: JobState, **fields: Any) -> Job:
         moved = await self.jobs.advance(job.id, job.state, to, lease=self.lease, **fields)
@@ -204,7 +205,7 @@ class Lifecycle:
             async with asleep(decoders, self.lease.lost):
                 yield
 
-    def _teller(self, job: Job) -> Callable[[Progress], Awaitable[None]]:
+    def _teller(self, job: Job) -> Tell:
         async def tell(progress: Progress) -> None:
             # Progress that cannot be told is lost, and no reason to end the training. A Conflict is one: the job has ended.
             with suppress(RedisError):
@@ -219,7 +220,7 @@ class Lifecycle:
             try:
                 decision_log, known = await self._log(job), await self.jobs.get(job)
                 # Every prompt of a closed round is decided; one decided again, after its failure, comes too late to be trained on.
-                still_open = [one for one in decisions if not _closed(known, one.round)]
+                still_open = [decision for decision in decisions if not _closed(known, decision.round)]
                 await asyncio.to_thread(decision_log.append, still_open)
                 for round_ in {decision.round for decision in decisions}:
                     await self.jobs.set_counts(job, round_, decision_log.counts(round_))

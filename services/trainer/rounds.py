@@ -6,44 +6,31 @@ is decided in services.trainer.lifecycle.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job
 from services.common.contract.messages import PromptDecided
-from services.common.contract.reports import Funnel, GroundTruth, Report, RoundReport
+from services.common.contract.reports import Report, RoundReport
 from services.common.local.training import run_child
+from services.trainer.pairs import pareto_pairs_of
+from services.trainer.reporting import funnel, ground_truth
 from sipo.errors import Conflict
-from sipo.evaluation.ground_truth import REWARDS
 from sipo.files import sync, write_atomically
-from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
+from sipo.models import Base
+from sipo.policies import JobRound, PolicySet, PolicyStore
 from sipo.preferences import Example
-from sipo.prompts import PromptFormat
-from sipo.training.data import ChosenResponse, Design, TrainingPair, alignment_pairs, pareto_rows
-from sipo.training.settings import ADAPTER, METRICS, PAIRS, Progress, TrainMetrics, TrainRun, TrainSettings, write_run
+from sipo.training.planning import PlannedRun, Planner
+from sipo.training.run_folder import RunFolder
+from sipo.training.run_set import publish_runs
+from sipo.training.settings import Progress, TrainMetrics
 
-ADVICE = {
-    "worse_than_original": "more samples_per_weight or another temperature gives more to choose from",
-    "truncated": "a larger max_tokens lets responses end",
-    "duplicate": "a higher temperature gives different responses",
-    "empty": "see whether the policies answer such prompts at all",
-}
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base model of this service."""
-
-    folder: Path
-    ref: BaseModelRef
-    prompt_format: PromptFormat
+Tell = Callable[[Progress], Awaitable[None]]
+RunTraining = Callable[[Path, Tell], Awaitable[TrainMetrics]]
+"""Trains what a run.yaml says, and tells how far it is."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +38,7 @@ class Stages:
     base: Base
     store: PolicyStore
     jobs_dir: Path
-    command: Sequence[str] | None = None
-    """What starts a training run; None: one process."""
+    run_training: RunTraining = run_child
 
     def starting_sets(self, job: Job) -> tuple[PolicySet, PolicySet] | None:
         """(sampling set, reward set) for a job that starts from policies; None if it has to align them first."""
@@ -68,7 +54,7 @@ class Stages:
             reward = self.store.get(reward.manifest.parent)
         return sampling, reward
 
-    async def align(self, job: Job, tell: Callable[[Progress], Awaitable[None]]) -> PolicySet:
+    async def align(self, job: Job, tell: Tell) -> PolicySet:
         """A first alignment (Eq. 2) for each objective, published without becoming current."""
         if (published := self.published(job, 0)) is not None:
             return published
@@ -77,32 +63,24 @@ class Stages:
         settings = job.spec.alignment.model_copy(update={"alpha": 0.0})
         with self.files(job).input.open() as file:
             examples = [Example.model_validate_json(line) for line in file]
-        metrics = {}
+        planner = Planner(self.base)
         for objective in objectives:
-            run = self._run(objective, settings, self.base.prompt_format, start=None)
-            metrics[objective] = await self._train(
-                self.files(job).training_run(0, objective), run, alignment_pairs(examples, objective), tell
-            )
-        return self._publish(job, 0, objectives, settings, metrics=metrics, parent=None)
+            await self._train(job, 0, planner.dpo(objective, examples, settings), tell)
+        return self._publish(job, 0, objectives, parent=None)
 
-    async def train(self, job: Job, decisions: Iterable[PromptDecided], tell: Callable[[Progress], Awaitable[None]]) -> None:
+    async def train(self, job: Job, decisions: Iterable[PromptDecided], tell: Tell) -> None:
         """Eq. 8 for each objective, from the policies that the round started from, on the pairs of the responses it accepted."""
-        assert job.sampling_set is not None
-        start = self.store.get(job.sampling_set)
-        decisions = list(decisions)
+        start, decisions = self._sampling_set(job), list(decisions)
+        planner = Planner(self.base, start)
         for objective in start.objectives:
             pairs = pareto_pairs_of(decisions, objective, job.spec.preferences)
-            run = self._run(objective, job.spec.training_for(objective), start.manifest.prompt_format, start.adapter_dir(objective))
-            await self._train(self.files(job).training_run(job.round, objective), run, pairs, tell)
+            await self._train(job, job.round, planner.sipo(objective, pairs, job.spec.training_for(objective)), tell)
 
     def publish(self, job: Job) -> PolicySet:
         """The round's policies as a new version; once, however often this is called."""
-        assert job.sampling_set is not None
-        parent = self.store.get(job.sampling_set)
-        objectives, metrics = parent.objectives, self.metrics(job, job.round, parent.objectives)
-        return self.published(job, job.round) or self._publish(
-            job, job.round, objectives, job.spec.training, metrics=metrics, parent=parent
-        )
+        parent = self._sampling_set(job)
+        how = {"mode": job.spec.mode, "preferences": job.spec.preferences}
+        return self._publish(job, job.round, parent.objectives, parent=parent, **how)
 
     def report(self, job: Job, decisions: Sequence[PromptDecided], *, activated: bool = False, reason: str | None = None) -> Report:
         """What the rounds came to so far, also as a file; `decisions` are those of the job's present round.
@@ -137,16 +115,15 @@ class Stages:
         return report
 
     def objectives(self, job: Job) -> list[str]:
-        assert job.sampling_set is not None
-        return self.store.get(job.sampling_set).objectives
+        return self._sampling_set(job).objectives
 
     def files(self, job: Job) -> JobFiles:
         return JobFiles(self.jobs_dir / job.id)
 
     def metrics(self, job: Job, round_: int, objectives: Iterable[str]) -> dict[str, TrainMetrics]:
         """Of the runs that are finished."""
-        paths = {objective: self.files(job).training_run(round_, objective) / METRICS for objective in objectives}
-        return {name: TrainMetrics.model_validate_json(path.read_text()) for name, path in paths.items() if path.exists()}
+        finished = {objective: self._run_folder(job, round_, objective).finished() for objective in objectives}
+        return {objective: metrics for objective, metrics in finished.items() if metrics is not None}
 
     def untrained(self, job: Job, round_: int) -> bool:
         """Whether any run of the round is not finished."""
@@ -154,137 +131,23 @@ class Stages:
         return objectives is None or len(self.metrics(job, round_, objectives)) < len(objectives)
 
     def published(self, job: Job, round_: int) -> PolicySet | None:
-        """The set that this job published for this round, if it did: a crash may have kept it from being told."""
-        name = job.spec.policy
-        return next((one for one in self.store.sets() if one.manifest.name == name and _made_by(one) == (job.id, round_)), None)
+        """The set that this job published for this round, if it did."""
+        return self.store.published_by(job.spec.policy, JobRound(job=job.id, round=round_))
 
-    def _run(self, objective: str, settings: TrainSettings, prompt_format: PromptFormat, start: Path | None) -> TrainRun:
-        base = self.base
-        return TrainRun(
-            method="dpo" if start is None else "sipo",
-            objective=objective,
-            base=base.folder,
-            base_name=base.ref.name,
-            prompt_format=prompt_format,
-            start=start,
-            settings=settings,
-        )
+    def _sampling_set(self, job: Job) -> PolicySet:
+        assert job.sampling_set is not None
+        return self.store.get(job.sampling_set)
 
-    async def _train(
-        self, folder: Path, run: TrainRun, pairs: Iterable[TrainingPair], tell: Callable[[Progress], Awaitable[None]]
-    ) -> TrainMetrics:
-        if (folder / METRICS).exists():
-            return TrainMetrics.model_validate_json((folder / METRICS).read_text())
-        path = write_run(folder, run)
-        write_atomically(folder / PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-        return await run_child(path, tell, self.command)
+    def _run_folder(self, job: Job, round_: int, objective: str) -> RunFolder:
+        return RunFolder(self.files(job).training_run(round_, objective))
 
-    def _publish(
-        self,
-        job: Job,
-        round_: int,
-        objectives: list[str],
-        settings: TrainSettings,
-        *,
-        metrics: dict[str, TrainMetrics],
-        parent: PolicySet | None,
-    ) -> PolicySet:
-        folders = {objective: self.files(job).training_run(round_, objective) for objective in objectives}
-        spec, data = job.spec, hashlib.sha256()
-        how = {"method": "sipo", "mode": spec.mode, "preferences": spec.preferences} if parent else {"method": "dpo"}
-        rates = {name: (spec.training_for(name) if parent else settings).learning_rate for name in objectives}
-        for folder in folders.values():
-            data.update((folder / PAIRS).read_bytes())
-        draft = Draft(
-            name=spec.policy,
-            base=self.base.ref,
-            prompt_format=parent.manifest.prompt_format if parent else self.base.prompt_format,
-            objectives=objectives,
-            beta=settings.beta,
-            round=parent.manifest.round + 1 if parent else 0,
-            parent=parent and parent.id,
-            data_sha256=data.hexdigest(),
-            settings=settings.model_dump(exclude={"learning_rate"})
-            | how
-            | {"learning_rates": rates, "job": job.id, "job_round": round_},
-            metrics={objective: one.model_dump() for objective, one in metrics.items()},
-        )
-        return self.store.publish(draft, {name: folder / ADAPTER for name, folder in folders.items()}, self.base.folder)
+    async def _train(self, job: Job, round_: int, planned: PlannedRun, tell: Tell) -> None:
+        folder = self._run_folder(job, round_, planned.name)
+        if folder.finished() is None:
+            folder.prepare(planned.run, planned.pairs)
+            await self.run_training(folder.run_file, tell)
 
-
-def pareto_pairs_of(
-    decisions: Iterable[PromptDecided], objective: str | None = None, design: Design = "both"
-) -> list[TrainingPair]:
-    """D^c: the pairs of every chosen response; with `objective` those that its policy learns, by the design."""
-    return [
-        row
-        for decision in decisions
-        for row in pareto_rows(
-            decision.example,
-            [ChosenResponse(one.text, one.token_ids, only) for one, only in decision.accepted()],
-            objective,
-            design,
-        )
-    ]
-
-
-def funnel(decisions: Sequence[PromptDecided]) -> Funnel:
-    candidates = [candidate for decision in decisions for candidate in decision.candidates]
-    rules = Counter(candidate.rejected.partition(":")[0] for candidate in candidates if candidate.rejected)
-    return Funnel(
-        prompts=len(decisions),
-        failed=sum(decision.outcome == "failed" for decision in decisions),
-        candidates=len(candidates),
-        rejected=dict(rules.most_common()),
-        accepted=sum(decision.outcome == "accepted" for decision in decisions),
-        pairs=len(pareto_pairs_of(decisions)),
-    )
-
-
-def why_not_trainable(decisions: Sequence[PromptDecided], objectives: Iterable[str], design: Design = "both") -> str | None:
-    """None if every objective has pairs, otherwise one sentence from the filter's figures, and what might help."""
-    without = [objective for objective in objectives if not pareto_pairs_of(decisions, objective, design)]
-    if not without:
-        return None
-    for objective in without:
-        accepted = sum(any(only in (None, objective) for _, only in decision.accepted()) for decision in decisions)
-        if accepted:
-            return (
-                f"no pair for {objective} with preferences: {design}, as none of the prompts with an accepted response "
-                f"({accepted}) has a label for it"
-            )
-    figures = funnel(decisions)
-    failed = next((decision.error for decision in decisions if decision.outcome == "failed"), None)
-    if figures.failed == figures.prompts:
-        return f"every one of {figures.prompts} prompts failed, the first with: {failed}"
-    rules = ", ".join(f"{count} {rule}" for rule, count in figures.rejected.items()) or "none"
-    reason = (
-        f"no response passed the filter for {', '.join(without)}, in {figures.prompts} prompts with {figures.candidates} "
-        f"candidates (rejected: {rules}; prompts failed: {figures.failed})"
-    )
-    advice = ADVICE.get(next(iter(figures.rejected), ""))
-    return f"{reason}: {advice}" if advice else reason
-
-
-def ground_truth(objectives: Sequence[str], decisions: Iterable[PromptDecided]) -> dict[str, GroundTruth]:
-    """For the objectives with a known function: the mean rewards of the accepted prompts' originals and of their new responses."""
-    means = {}
-    for objective, reward in REWARDS.items():
-        accepted = [
-            (decision.example, candidate.text)
-            for decision in decisions
-            for candidate, only in decision.accepted()
-            if only in (None, objective)
-        ]
-        if accepted and objective in objectives:
-            means[objective] = GroundTruth(
-                response_0=fmean(reward(example.prompt, example.response_0) for example, _ in accepted),
-                response_1=fmean(reward(example.prompt, example.response_1) for example, _ in accepted),
-                accepted=fmean(reward(example.prompt, text) for example, text in accepted),
-            )
-    return means
-
-
-def _made_by(policy_set: PolicySet) -> tuple[Any, Any]:
-    settings = policy_set.manifest.settings
-    return settings.get("job"), settings.get("job_round")
+    def _publish(self, job: Job, round_: int, objectives: Iterable[str], *, parent: PolicySet | None, **how: Any) -> PolicySet:
+        runs = {objective: self._run_folder(job, round_, objective) for objective in objectives}
+        made_by = JobRound(job=job.id, round=round_)
+        return publish_runs(self.store, job.spec.policy, runs, base=self.base, parent=parent, made_by=made_by, **how)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from sipo.errors import SipoError
 from sipo.training.process import claim, take_one_gpu
-from sipo.training.settings import Failure, Progress, read_run
+from sipo.training.run_folder import read_run
+from sipo.training.settings import Failure, Progress
 
 
 def main() -> int:

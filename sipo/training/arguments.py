@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from sipo.errors import InvalidRequest
 from sipo.training.checkpoints import CHECKPOINTS
@@ -33,6 +34,11 @@ def batch_per_process(settings: TrainSettings) -> int:
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`, at least 1."""
     return next(one for one in range(min(limit, number), 0, -1) if number % one == 0)
+
+
+def fresh_lora(settings: TrainSettings) -> LoraConfig:
+    """What a policy begins with if it goes on from none."""
+    return LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TRAINED_MODULES, task_type="CAUSAL_LM")
 
 
 def common_arguments(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +10,22 @@ from typing import Any
 import yaml
 
 from sipo.preferences import format_weights
-from sipo.training.settings import ADAPTER, CARD, CURVE, HISTORY, PAIRS, Method, TrainMetrics, TrainRun
+from sipo.training.run_folder import CARD, CURVE, HISTORY, RunFolder, data_sha256
+from sipo.training.settings import Method, TrainMetrics, TrainRun
 
 METHODS: Mapping[Method, str] = {"dpo": "DPO (Eq. 2)", "sipo": "SIPO (Eq. 8)", "lw": "DPO LW", "modpo": "MODPO"}
 
 
-def write_records(folder: Path, run: TrainRun, metrics: TrainMetrics, history: Sequence[Mapping[str, Any]]) -> None:
+def write_records(folder: RunFolder, run: TrainRun, metrics: TrainMetrics, history: Sequence[Mapping[str, Any]]) -> None:
     """history.jsonl in the run's folder, loss.png and README.md beside its adapter. `history`: the trainer's log, a mapping a step
     or a validation."""
-    (folder / HISTORY).write_text("".join(json.dumps(entry) + "\n" for entry in history))
-    draw_curve(folder / ADAPTER / CURVE, run.objective, history)
-    (folder / ADAPTER / CARD).write_text(card(run, metrics, hashlib.sha256((folder / PAIRS).read_bytes()).hexdigest()))
+    write_history(folder.path / HISTORY, history)
+    draw_curve(folder.adapter / CURVE, run.objective, history)
+    (folder.adapter / CARD).write_text(card(run, metrics, data_sha256([folder])))
+
+
+def write_history(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in history))
 
 
 def draw_curve(path: Path, title: str, history: Sequence[Mapping[str, Any]]) -> None:
@@ -49,7 +53,7 @@ def draw_curve(path: Path, title: str, history: Sequence[Mapping[str, Any]]) -> 
     figure.savefig(path, dpi=120)
 
 
-def card(run: TrainRun, metrics: TrainMetrics, data_sha256: str) -> str:
+def card(run: TrainRun, metrics: TrainMetrics, pairs_sha256: str) -> str:
     """A Hugging Face model card: what the adapter is, what it was trained on and how, and how it went."""
     method = METHODS[run.method] + (f" at {format_weights(run.weights)}" if run.weights else "")
     begin = "a fresh LoRA" if run.start is None else "the policy of the round before, itself frozen as reference"
@@ -70,7 +74,7 @@ def card(run: TrainRun, metrics: TrainMetrics, data_sha256: str) -> str:
 
 A LoRA adapter on {run.base_name}, trained by {method} from {begin}.
 
-- Data: {kept}; left out: {left_out}; {metrics.responses_cut} responses cut. SHA-256 of the pairs: `{data_sha256}`.
+- Data: {kept}; left out: {left_out}; {metrics.responses_cut} responses cut. SHA-256 of the pairs: `{pairs_sha256}`.
 - Steps: {metrics.steps}, kept: step {metrics.best_step}; {metrics.dtype}; {metrics.seconds:.0f} s.
 
 | on the {validation} | before | after |

@@ -5,7 +5,6 @@ A run that is killed at any moment goes on from its last whole checkpoint when i
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
@@ -25,15 +24,16 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
-from sipo.files import sync, sync_tree, write_atomically
+from sipo.files import sync_tree
 from sipo.precision import torch_dtype
-from sipo.training.arguments import TRAINED_MODULES, common_arguments
+from sipo.training.arguments import common_arguments, fresh_lora
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
-from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
+from sipo.training.data import TokenisedPairs, TokenPair, tokenise
 from sipo.training.memory import fitting
 from sipo.training.records import write_records
 from sipo.training.reporting import Reporter
-from sipo.training.settings import ADAPTER, METRICS, PAIRS, Measure, Progress, TrainMetrics, TrainRun
+from sipo.training.run_folder import ADAPTER, RunFolder
+from sipo.training.settings import Measure, Progress, TrainMetrics, TrainRun
 from sipo.training.trainer import START, PairCollator, PairTrainer, reference_file
 
 ROWS = "rows"
@@ -51,7 +51,7 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
     tokenizer = AutoTokenizer.from_pretrained(run.base)
     run.prompt_format.check(tokenizer)
     data = tokenise(
-        _read_pairs(folder / PAIRS),
+        RunFolder(folder).pairs(),
         run.prompt_format,
         tokenizer,
         max_prompt_tokens=settings.max_prompt_tokens,
@@ -107,12 +107,12 @@ def _train(
         before=before,
         after=after,
     )
-    _save_adapter(trainer, folder / ADAPTER, run.base_name)
+    run_folder = RunFolder(folder)
+    _save_adapter(trainer, run_folder.adapter, run.base_name)
     if trainer.is_world_process_zero():
-        write_records(folder, run, metrics, trainer.state.log_history)
-        sync_tree(folder / ADAPTER)  # nothing it could be made from again is left then
-        write_atomically(folder / METRICS, metrics.model_dump_json(indent=1))
-        sync(folder)
+        write_records(run_folder, run, metrics, trainer.state.log_history)
+        sync_tree(run_folder.adapter)  # nothing it could be made from again is left then
+        run_folder.finish(metrics)
         for name in (CHECKPOINTS, ROWS):
             shutil.rmtree(folder / name, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -133,9 +133,7 @@ def build_trainer(
     model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
     fresh = None
     if run.start is None:
-        fresh = LoraConfig(
-            r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TRAINED_MODULES, task_type="CAUSAL_LM"
-        )
+        fresh = fresh_lora(settings)
     else:
         try:
             # ZeRO-3 wants one dtype; TRL sees to that for a fresh LoRA only.
@@ -199,11 +197,6 @@ def measure_at_the_start(run: TrainRun, data: TokenisedPairs, folder: Path, beta
 def _pad_token(tokenizer: Any) -> int:
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)
-
-
-def _read_pairs(path: Path) -> list[TrainingPair]:
-    with path.open() as file:
-        return [json.loads(line) for line in file]
 
 
 def _left_out(data: TokenisedPairs, max_prompt_tokens: int) -> str:

@@ -1,29 +1,18 @@
-"""What goes into a training run and what comes out: one run trains one objective's policy.
-
-A run's folder holds run.yaml (TrainRun), pairs.jsonl, and at its end adapter/ (a plain PEFT adapter), records for people
-(sipo.training.records) and, written last, metrics.json (TrainMetrics): a folder with metrics.json is finished.
-"""
+"""What goes into a training run and what comes out: one run trains one policy. Where they lie: sipo.training.run_folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from sipo.errors import InvalidRequest
-from sipo.files import write_atomically
 from sipo.preferences import ObjectiveName, Weights
 from sipo.prompts import PromptFormat
 from sipo.record import Record
 
-PAIRS = "pairs.jsonl"
-ADAPTER = "adapter"
-METRICS = "metrics.json"
 ACCELERATE = Path(__file__).parent / "accelerate"
 """The shipped configurations of `accelerate launch`."""
-HISTORY, CURVE, CARD = "history.jsonl", "loss.png", "README.md"
 
 Method = Literal["dpo", "sipo", "lw", "modpo"]
 """What a run makes of its pairs: see sipo.training.methods."""
@@ -136,17 +125,3 @@ class TrainMetrics(Record):
     dtype: str
     before: Measure
     after: Measure
-
-
-def read_run(path: Path) -> TrainRun:
-    try:
-        return TrainRun.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise InvalidRequest(f"{path} is no training run: {error}") from error
-
-
-def write_run(folder: Path, run: TrainRun) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.yaml"
-    write_atomically(path, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    return path

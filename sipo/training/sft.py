@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -28,14 +28,15 @@ from sipo.models import model_sha256
 from sipo.precision import Precision, torch_dtype
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
-from sipo.training.arguments import TRAINED_MODULES, common_arguments
+from sipo.training.arguments import common_arguments, fresh_lora
 from sipo.training.checkpoints import Checkpoints, last_checkpoint
 from sipo.training.data import MIN_PAIRS_TO_HOLD_OUT, VALIDATION_SHARE
 from sipo.training.memory import fitting
 from sipo.training.presets import NOT_OF_SFT
-from sipo.training.records import draw_curve
+from sipo.training.records import draw_curve, write_history
 from sipo.training.reporting import Reporter
-from sipo.training.settings import ADAPTER, CURVE, HISTORY, Progress, TrainSettings
+from sipo.training.run_folder import ADAPTER, CURVE, HISTORY
+from sipo.training.settings import Progress, TrainSettings
 
 IGNORED = -100
 RECIPE = "recipe.json"
@@ -134,7 +135,7 @@ def train_sft(run: SftRun, examples: Sequence[Example], out: Path, report: Calla
     merged.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     draw_curve(aside / CURVE, "supervised fine-tuning", trained.history)
-    (aside / HISTORY).write_text("".join(json.dumps(entry) + "\n" for entry in trained.history))
+    write_history(aside / HISTORY, trained.history)
     shutil.copytree(work / TENSORBOARD, aside / TENSORBOARD)
     recipe |= {
         "rows": len(rows.train),
@@ -195,9 +196,7 @@ def _trainer(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: R
         train_dataset=Dataset.from_list(rows.train),
         eval_dataset=Dataset.from_list(rows.validation or rows.train),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TRAINED_MODULES, task_type="CAUSAL_LM"
-        ),
+        peft_config=fresh_lora(settings),
         callbacks=[reporter, Checkpoints(settings.checkpoint_steps)],
     )
     for callback in (PrinterCallback, ProgressCallback):

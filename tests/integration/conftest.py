@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from services.trainer.rounds import Stages
 
 
@@ -21,21 +19,18 @@ def adapter(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stages(tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast, data_dir: Path) -> Stages:
-    from services.trainer.rounds import Base, Stages
-    from sipo.policies import BaseModelRef, PolicyStore
-    from sipo.prompts import PromptFormat
-
-    base = Base(tiny_base, BaseModelRef(name="tiny", sha256="0" * 64), PromptFormat.of(tiny_tokenizer))
-    return Stages(base, PolicyStore(data_dir / "policies"), data_dir / "jobs")
+def runs() -> list[str]:
+    """What `stages` has trained, as "round-0/warm"."""
+    return []
 
 
 @pytest.fixture
-def runs(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces the training process by tests.trainer.stand_in; lists the runs, as "round-0/warm"."""
-    from services.trainer import rounds
+def stages(tiny_base: Path, data_dir: Path, adapter: Path, runs: list[str]) -> Stages:
+    """With tests.trainer.stand_in in place of the training processes."""
+    from services.trainer.rounds import Stages
+    from sipo.models import Base, BaseModelRef
+    from sipo.policies import PolicyStore
     from tests.trainer import stand_in
 
-    made: list[str] = []
-    monkeypatch.setattr(rounds, "run_child", stand_in(adapter, made))
-    return made
+    base = Base(tiny_base, BaseModelRef(name="tiny", sha256="0" * 64))
+    return Stages(base, PolicyStore(data_dir / "policies"), data_dir / "jobs", stand_in(adapter, runs))

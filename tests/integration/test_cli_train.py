@@ -29,7 +29,8 @@ from sipo.models import model_sha256
 from sipo.policies import PolicySet, PolicyStore
 from sipo.prompts import PromptFormat
 from sipo.training.presets import PRESETS, read_preset
-from sipo.training.settings import Progress, TrainMetrics, TrainRun, read_run
+from sipo.training.run_folder import read_run
+from sipo.training.settings import Progress, TrainMetrics, TrainRun
 from tests.fakes import write_policy_set
 from tests.policies import publish_random
 from tests.trainer import stand_in

@@ -251,6 +251,7 @@ asyncio.run(consumer.run(handle))
 """
 
 
+@pytest.mark.slow
 async def test_a_message_that_crashes_its_consumers_dies_alone(redis: Redis, redis_url: str) -> None:
     for i in range(4):
         await Queue(redis).put(PROMPTS, queued(i))
@@ -508,6 +509,7 @@ async def test_dead_messages_can_be_put_back(redis: Redis) -> None:
     assert await prompts_in(redis, CANDIDATES) == Counter("01")
 
 
+@pytest.mark.slow
 async def test_messages_and_claims_survive_the_death_of_the_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SIGKILL in the middle of a batch: the consumer waits for the server, and what it held is still its own."""
     folder = tmp_path_factory.mktemp("dying")

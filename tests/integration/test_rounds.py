@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,20 @@ from gateway.jobs.feeder import Feeder, read_prompts
 from services.common.background import end_tasks
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobState
+from services.common.contract.keys import DECISIONS, PROMPTS
 from services.common.contract.messages import PromptDecided, PromptQueued
 from services.common.local.processes import free_ports
-from services.common.queue import DECISIONS, PROMPTS, Consumer, Queue
-from services.trainer import lifecycle, rounds
-from services.trainer.app import open_base
+from services.common.queue import Consumer, Queue
+from services.trainer import lifecycle
+from services.trainer.app import open_stages
 from services.trainer.decisions import DecisionLog
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Stages
 from services.trainer.settings import TrainerSettings
 from sipo.errors import TrainingFailed
 from sipo.policies import PolicyStore
-from sipo.training.settings import TrainMetrics, read_run
+from sipo.training.run_folder import read_run
+from sipo.training.settings import TrainMetrics
 from support import PATIENCE
 from tests.trainer import OBJECTIVES, Tell, decision, policies, report_of, submit, trainer, until
 
@@ -161,17 +164,16 @@ async def test_a_later_round_without_pairs_ends_the_job_with_what_the_rounds_bef
 
 
 async def test_a_later_round_that_fails_leaves_the_sets_before_it_and_activates_none(
-    redis: Redis, stages: Stages, runs: list[str], adapter: Path, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, stages: Stages, adapter: Path
 ) -> None:
-    quick = vars(rounds)["run_child"]
+    quick = stages.run_training
 
-    async def fail_in_the_second(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
+    async def fail_in_the_second(path: Path, tell: Tell) -> TrainMetrics:
         if path.parent.parent.name == "round-2":
             raise TrainingFailed("it diverged")
-        metrics: TrainMetrics = await quick(path, tell)
-        return metrics
+        return await quick(path, tell)
 
-    monkeypatch.setattr(rounds, "run_child", fail_in_the_second)
+    stages = replace(stages, run_training=fail_in_the_second)
     policies(stages, adapter)
     job = await submit(redis, stages, total=None, rounds=2, activate=True)
     async with fed(redis, stages, one_more_each), trainer(redis, stages):
@@ -216,9 +218,10 @@ class Killer:
         self.buried = threading.Event()
         self._loop = asyncio.get_running_loop()
 
-    def after(self, patch: pytest.MonkeyPatch, owner: Any, name: str, label: Callable[..., str]) -> None:
-        step = getattr(owner, name)
+    def patch(self, patch: pytest.MonkeyPatch, owner: Any, name: str, label: Callable[..., str]) -> None:
+        patch.setattr(owner, name, self.after(getattr(owner, name), name, label))
 
+    def after(self, step: Callable[..., Any], name: str, label: Callable[..., str]) -> Callable[..., Any]:
         async def in_task(*args: Any, **kwargs: Any) -> Any:
             result = await step(*args, **kwargs)
             if self._dies(f"{name} {label(*args)}"):
@@ -231,7 +234,7 @@ class Killer:
                 self.buried.wait(30)
             return result
 
-        patch.setattr(owner, name, in_task if asyncio.iscoroutinefunction(step) else in_thread)
+        return in_task if asyncio.iscoroutinefunction(step) else in_thread
 
     def _dies(self, step: str) -> bool:
         if step in self.deaths:
@@ -246,12 +249,15 @@ async def test_a_trainer_killed_after_any_step_of_any_round_goes_on(
     redis: Redis, stages: Stages, runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killer = Killer()
-    killer.after(monkeypatch, Lifecycle, "_advance", lambda _, job, to: f"{job.round} to {to}")
-    killer.after(monkeypatch, Stages, "publish", lambda _, job: job.round)
-    killer.after(monkeypatch, Stages, "report", lambda _, job, *__: f"{job.round} {job.state}")
-    killer.after(monkeypatch, DecisionLog, "append", lambda _, decisions: [one.id for one in decisions])
-    killer.after(monkeypatch, PolicyStore, "activate", lambda _, reference: reference)
-    killer.after(monkeypatch, rounds, "run_child", lambda path, *_: f"{path.parent.parent.name} {path.parent.name}")
+    killer.patch(monkeypatch, Lifecycle, "_advance", lambda _, job, to: f"{job.round} to {to}")
+    killer.patch(monkeypatch, Stages, "publish", lambda _, job: job.round)
+    killer.patch(monkeypatch, Stages, "report", lambda _, job, *__: f"{job.round} {job.state}")
+    killer.patch(monkeypatch, DecisionLog, "append", lambda _, decisions: [one.id for one in decisions])
+    killer.patch(monkeypatch, PolicyStore, "activate", lambda _, reference: reference)
+    run_training = killer.after(
+        stages.run_training, "run_training", lambda path, _: f"{path.parent.parent.name} {path.parent.name}"
+    )
+    stages = replace(stages, run_training=run_training)
 
     async def live() -> None:
         """A trainer until it is dead: without the last words that `running` gives a consumer."""
@@ -272,7 +278,7 @@ async def test_a_trainer_killed_after_any_step_of_any_round_goes_on(
             await live()
     assert (done.state, done.round, done.policy_set) == (JobState.COMPLETED, 3, "demo:4"), done.error
     steps = {step.partition(" ")[0] for step in killer.deaths}
-    assert steps == {"_advance", "publish", "report", "append", "activate", "run_child"} and len(killer.deaths) > 30
+    assert steps == {"_advance", "publish", "report", "append", "activate", "run_training"} and len(killer.deaths) > 30
     assert [one.id.removeprefix(f"{job.id}/") for one in prompts] == ["1/0", "1/1", "1/2", "2/1", "2/2", "3/2"]
     assert runs == [f"round-{k}/{objective}" for k in range(4) for objective in OBJECTIVES], "each training once"
     assert [one.manifest.parent for one in stages.store.sets()] == [None, "demo:1", "demo:2", "demo:3"]
@@ -290,11 +296,12 @@ TRAINER = """
 from services.common.web.app import serve
 from services.common.queue import connect
 from services.common.settings import load
-from services.trainer.app import create_app
+from services.trainer.app import create_app, open_stages
 from services.trainer.settings import TrainerSettings
 
 settings = load(TrainerSettings)
-serve(create_app(settings, connect(settings.redis_url), lease_seconds=2), settings.host, settings.trainer_port)
+app = create_app(settings, connect(settings.redis_url), open_stages, [], lease_seconds=2)
+serve(app, settings.host, settings.trainer_port)
 """
 """services.trainer with a lease that a dead trainer does not keep for long."""
 
@@ -304,8 +311,7 @@ async def test_kill_9_of_the_trainers_process_in_every_round_publishes_each_set_
     redis: Redis, redis_url: str, data_dir: Path, tiny_base: Path, adapter: Path
 ) -> None:
     """With the real training processes, which die with their trainer."""
-    base = await asyncio.to_thread(open_base, TrainerSettings(data_dir=data_dir, model=str(tiny_base)))
-    stages = Stages(base, PolicyStore(data_dir / "policies"), data_dir / "jobs")
+    stages = await asyncio.to_thread(open_stages, TrainerSettings(data_dir=data_dir, model=str(tiny_base)))
     policies(stages, adapter)
     job = await submit(redis, stages, total=None, rounds=2, round_prompts="all", activate=True)
     env = {

@@ -118,6 +118,7 @@ async def by_prompt(redis: Redis, count: int) -> dict[str, PromptDecided]:
     return {one.prompt: one for one in found}
 
 
+@pytest.mark.slow
 async def test_each_prompt_gets_one_decision_that_follows_eq_7_on_independently_computed_rewards(
     start: Start, redis: Redis, policies: PolicySet, tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -197,6 +198,7 @@ async def test_a_message_is_scored_by_the_set_it_names(
         assert found == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.slow
 async def test_a_message_that_cannot_be_scored_is_decided_as_failed_and_its_neighbours_as_usual(
     start: Start, redis: Redis, policies: PolicySet, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -263,6 +265,7 @@ async def test_a_jobs_filter_says_what_is_scored_and_what_is_chosen(
     assert [one.rejected for one in found["4"].candidates].count("not_drawn: 1 of 12 were drawn") == 11
 
 
+@pytest.mark.slow
 async def test_external_reward_models_decide_beside_the_policies_or_alone(
     settings: ScorerSettings, redis: Redis, redis_url: str, policies: PolicySet, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -313,6 +316,7 @@ async def test_candidates_that_cannot_be_scored_are_rejected_and_the_others_deci
     assert decision.candidates[2].rewards == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.slow
 async def test_rewards_that_are_not_finite_are_never_ranked_and_never_answered(
     start: Start, redis: Redis, settings: ScorerSettings, tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -329,6 +333,7 @@ async def test_rewards_that_are_not_finite_are_never_ranked_and_never_answered(
     assert [*json.loads(lines[-1])] == ["error"] and len(lines) == 2
 
 
+@pytest.mark.slow
 async def test_several_scorers_decide_each_prompt_once(
     start: Start, redis: Redis, policies: PolicySet, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -340,6 +345,7 @@ async def test_several_scorers_decide_each_prompt_once(
     assert await redis.xlen(CANDIDATES) == await redis.xlen(dead(CANDIDATES)) == 0
 
 
+@pytest.mark.slow
 async def test_ten_thousand_responses_are_streamed_while_others_are_served(
     start: Start, redis: Redis, policies: PolicySet, tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

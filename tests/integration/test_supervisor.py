@@ -100,6 +100,7 @@ async def test_they_stop_in_the_reverse_order_each_with_time_to_end(data_dir: Pa
     assert notes.read_text().split("\n")[2:] == ["worker out", "queue out", ""]
 
 
+@pytest.mark.slow
 async def test_a_process_that_crashes_is_started_again(data_dir: Path) -> None:
     story = Story()
     code = "import time; print('about to fall', flush=True); time.sleep(0.3); raise SystemExit(3)"

@@ -214,6 +214,7 @@ async def test_of_a_raw_format_a_teacher_sees_the_bare_prompt(start: Start, redi
     assert endpoint.bodies[0]["messages"] == [{"role": "user", "content": "What is it?"}]
 
 
+@pytest.mark.slow
 async def test_a_full_teacher_costs_no_try_and_the_seeds_stay(start: Start, redis: Redis, endpoint: Endpoint) -> None:
     endpoint.replies = [refusal(429, "slow down")] * 5 + endpoint.replies  # more often than a message may be tried
     await Queue(redis).put(PROMPTS, queued())
@@ -233,6 +234,7 @@ async def test_a_filtered_answer_is_no_reason_to_lose_the_prompt(start: Start, r
     assert distilled == [("", "content_filter"), (" The teacher's.\n", "stop")]
 
 
+@pytest.mark.slow
 async def test_a_refused_key_fails_the_prompt_with_the_endpoints_words_and_is_told_nowhere(
     start: Start, redis: Redis, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
 ) -> None:

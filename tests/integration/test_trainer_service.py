@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import threading
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,20 @@ from safetensors.torch import load_file, save_file
 
 from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobState
-from services.common.contract.keys import job_key
+from services.common.contract.keys import DECISIONS, job_key
 from services.common.contract.messages import PromptDecided
-from services.common.queue import DECISIONS, Queue
+from services.common.local.training import run_child
+from services.common.queue import Queue, connect
 from services.common.web.clients import DecoderClient
 from services.decoder.settings import DecoderSettings
-from services.trainer import decoders, rounds
+from services.trainer import decoders
+from services.trainer.app import TRAINER_LEASE, create_app
 from services.trainer.rounds import Stages
+from services.trainer.settings import TrainerSettings
 from sipo.errors import Conflict, TrainingFailed
-from sipo.training.settings import Progress, TrainMetrics, read_run
+from sipo.policies import JobRound
+from sipo.training.run_folder import read_run
+from sipo.training.settings import Progress, TrainMetrics
 from support import PATIENCE
 from tests.fakes import FakeEngine, served
 from tests.trainer import OBJECTIVES, Tell, decide, decision, policies, report_of, submit, trainer, until
@@ -42,13 +49,62 @@ async def test_a_job_without_policies_aligns_samples_trains_and_publishes(redis:
     assert runs == ["round-0/concise", "round-0/warm", "round-1/concise", "round-1/warm"]
     assert done.policy_set == "demo:2" and stages.store.get("demo").id == "demo:2"
     manifest = stages.store.get("demo:2").manifest
-    assert (manifest.round, manifest.parent, manifest.settings["job"]) == (1, "demo:1", job.id)
+    assert (manifest.round, manifest.parent, manifest.made_by) == (1, "demo:1", JobRound(job=job.id, round=1))
     assert done.counts.model_dump() == {"queued": 0, "sampled": 0, "decided": 3, "accepted": 3, "none": 0, "failed": 0}
     report = report_of(stages, job)
     [only] = report.rounds
     assert (report.policy_set, report.activated, report.reason) == (only.policy_set, True, None) == ("demo:2", True, None)
     assert (only.sampling_set, only.reward_set, only.funnel.accepted, only.funnel.pairs) == ("demo:1", "demo:1", 3, 6)
     assert report.alignment.keys() == only.training.keys() == set(OBJECTIVES)
+
+
+async def test_the_application_is_ready_once_it_has_base_and_lease_and_then_leads_jobs_to_their_end(
+    redis: Redis, redis_url: str, stages: Stages, runs: list[str], data_dir: Path
+) -> None:
+    found = threading.Event()
+    opened_with: list[TrainerSettings] = []
+
+    def open_stages(settings: TrainerSettings) -> Stages:
+        opened_with.append(settings)
+        assert found.wait(PATIENCE)
+        return stages
+
+    asked: list[str] = []
+
+    def sleeps(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return httpx.Response(200, json={"state": "asleep"})
+
+    settings = TrainerSettings(data_dir=data_dir)
+    decoder = DecoderClient("http://decoder", transport=httpx.MockTransport(sleeps))
+    app = create_app(settings, connect(redis_url), open_stages, [decoder])
+    job = await submit(redis, stages)
+    async with AsyncExitStack() as stack:
+        other_trainer = await stack.enter_async_context(AsyncExitStack())
+        await other_trainer.enter_async_context(JobStore(redis).lease(TRAINER_LEASE, 60))
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        client = await stack.enter_async_context(httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://trainer"))
+
+        async def told(words: str) -> httpx.Response:
+            async with asyncio.timeout(PATIENCE):
+                while words not in (reply := await client.get("/ready")).text:  # noqa: ASYNC110, it is asked as from outside
+                    await asyncio.sleep(0.05)
+            return reply
+
+        assert (await told("not ready: the base model is being looked up")).status_code == 503
+        found.set()
+        assert (await told("not ready: another trainer holds the lease")).status_code == 503
+        assert (await JobStore(redis).get(job.id)).state == JobState.QUEUED
+        await other_trainer.aclose()
+        assert (await told('"status":"ready"')).status_code == 200
+        await until(redis, job, JobState.GENERATING)
+        await decide(redis, job)
+        done = await until(redis, job, JobState.COMPLETED)
+    assert opened_with == [settings]
+    assert (done.policy_set, runs) == ("demo:2", [f"round-{k}/{objective}" for k in (0, 1) for objective in OBJECTIVES])
+    assert asked == ["/v1/sleep", "/v1/wake"] * 2, "once for each training"
+    with pytest.raises(RuntimeError, match="closed"):
+        await decoder.ready()
 
 
 async def test_a_round_trains_every_policy_on_the_same_pairs_from_its_own_adapter(
@@ -105,6 +161,7 @@ async def test_a_job_without_an_accepted_response_fails_with_the_filters_figures
     assert "in 3 prompts with 3 candidates (rejected: 3 worse_than_original; prompts failed: 0)" in failed.error
 
 
+@pytest.mark.slow
 async def test_separate_responses_train_each_policy_on_its_own_pairs_and_need_some_for_each(
     redis: Redis, stages: Stages, runs: list[str], adapter: Path
 ) -> None:
@@ -155,12 +212,10 @@ async def test_progress_that_cannot_be_told_is_lost_and_no_more(
     assert runs == ["round-1/concise", "round-1/warm"], "each once"
 
 
-async def test_a_run_whose_job_has_ended_is_told_so(
-    redis: Redis, stages: Stages, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_run_whose_job_has_ended_is_told_so(redis: Redis, stages: Stages, adapter: Path) -> None:
     refused = asyncio.Event()
 
-    async def tell_of_a_cancelled_job(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
+    async def tell_of_a_cancelled_job(path: Path, tell: Tell) -> TrainMetrics:
         await JobStore(redis).cancel(job.id)
         try:
             await tell(Progress(objective="concise", stage="training", step=1, of=2, seconds_left=1))
@@ -169,7 +224,7 @@ async def test_a_run_whose_job_has_ended_is_told_so(
             raise
         raise AssertionError
 
-    monkeypatch.setattr(rounds, "run_child", tell_of_a_cancelled_job)
+    stages = replace(stages, run_training=tell_of_a_cancelled_job)
     policies(stages, adapter)
     job = await submit(redis, stages)
     async with trainer(redis, stages):
@@ -179,21 +234,21 @@ async def test_a_run_whose_job_has_ended_is_told_so(
 
 
 async def test_a_prompt_that_is_decided_after_its_round_has_closed_changes_nothing(
-    redis: Redis, stages: Stages, runs: list[str], adapter: Path, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, stages: Stages, adapter: Path
 ) -> None:
     """It had failed, was re-queued, and came back while the policies were trained."""
     policies(stages, adapter)
     job = await submit(redis, stages)
     failed = decision(job.id, 1, accepted=False).model_copy(update={"outcome": "failed", "error": "no room"})
-    train = rounds.run_child
+    train = stages.run_training
 
-    async def train_while_it_comes(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
+    async def train_while_it_comes(path: Path, tell: Tell) -> TrainMetrics:
         await Queue(redis).put(DECISIONS, decision(job.id, 1))
         while await redis.xlen(DECISIONS):  # noqa: ASYNC110, the trainer empties it
             await asyncio.sleep(0.02)
         return await train(path, tell)
 
-    monkeypatch.setattr(rounds, "run_child", train_while_it_comes)
+    stages = replace(stages, run_training=train_while_it_comes)
     async with trainer(redis, stages):
         for one in (decision(job.id, 0), failed, decision(job.id, 2)):
             await Queue(redis).put(DECISIONS, one)
@@ -202,13 +257,11 @@ async def test_a_prompt_that_is_decided_after_its_round_has_closed_changes_nothi
     assert report_of(stages, job).rounds[0].funnel.pairs == 4
 
 
-async def test_a_training_that_fails_ends_the_job_and_leaves_the_policies(
-    redis: Redis, stages: Stages, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def diverge(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
+async def test_a_training_that_fails_ends_the_job_and_leaves_the_policies(redis: Redis, stages: Stages, adapter: Path) -> None:
+    async def diverge(path: Path, tell: Tell) -> TrainMetrics:
         raise TrainingFailed("it diverged")
 
-    monkeypatch.setattr(rounds, "run_child", diverge)
+    stages = replace(stages, run_training=diverge)
     policies(stages, adapter)
     job = await submit(redis, stages, activate=True)
     async with trainer(redis, stages):
@@ -244,19 +297,20 @@ async def test_the_decoder_sleeps_while_policies_are_trained(
         assert runs == [] and "SIPO_DECODER_SLEEPS=true" in (ended.error or "")
 
 
+@pytest.mark.slow
 async def test_decisions_are_kept_while_another_job_trains_and_cancel_ends_the_training(
-    redis: Redis, stages: Stages, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, stages: Stages, adapter: Path
 ) -> None:
     ended = asyncio.Event()
 
-    async def endless(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
+    async def endless(path: Path, tell: Tell) -> TrainMetrics:
         try:
             await asyncio.Event().wait()
         finally:
             ended.set()
         raise AssertionError
 
-    monkeypatch.setattr(rounds, "run_child", endless)
+    stages = replace(stages, run_training=endless)
     policies(stages, adapter)
     first, second = await submit(redis, stages), await submit(redis, stages, stop_after="pairs")
     async with trainer(redis, stages):
@@ -270,10 +324,12 @@ async def test_decisions_are_kept_while_another_job_trains_and_cancel_ends_the_t
     assert (await JobStore(redis).get(first.id)).state == JobState.CANCELLED
 
 
-@pytest.mark.parametrize("state", ["training", "publishing"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("state", "upgraded"), [("training", False), ("publishing", False), ("publishing", True)])
 async def test_a_set_that_was_published_before_a_crash_is_not_published_again(
-    redis: Redis, stages: Stages, runs: list[str], adapter: Path, state: str
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path, state: str, upgraded: bool
 ) -> None:
+    """Nor after an upgrade: job and round were among the settings before there was made_by."""
     asked: list[httpx.Request] = []
     decoder = DecoderClient("http://decoder", transport=httpx.MockTransport(asked.append))  # type: ignore[arg-type]
     policies(stages, adapter)
@@ -282,6 +338,12 @@ async def test_a_set_that_was_published_before_a_crash_is_not_published_again(
         await decide(redis, job)
         found = await until(redis, job, JobState.COMPLETED)
     assert found.policy_set == "demo:2"
+    if upgraded:
+        path = stages.store.get("demo:2").folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        made_by = manifest.pop("made_by")
+        manifest["settings"] |= {"job": made_by["job"], "job_round": made_by["round"]}
+        path.write_text(json.dumps(manifest))
     # The state as it stood when the trainer died between its work and telling so.
     await redis.hset(job_key(job.id), mapping={"state": state, "policy_set": "null"})
     async with trainer(redis, stages, [decoder]):
@@ -292,27 +354,23 @@ async def test_a_set_that_was_published_before_a_crash_is_not_published_again(
     assert not asked, "no decoder sleeps for nothing"
 
 
-async def test_a_trainer_goes_on_in_the_middle_of_a_training(
-    redis: Redis, stages: Stages, runs: list[str], adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+async def test_a_trainer_goes_on_in_the_middle_of_a_training(redis: Redis, stages: Stages, runs: list[str], adapter: Path) -> None:
     policies(stages, adapter)
     job = await submit(redis, stages)
-    quick: Callable[[Path, Tell], Awaitable[TrainMetrics]] = vars(rounds)["run_child"]
     blocked = asyncio.Event()
 
-    async def die_in_the_second(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
+    async def die_in_the_second(path: Path, tell: Tell) -> TrainMetrics:
         if path.parent.name == "warm":
             blocked.set()
             await asyncio.Event().wait()
-        return await quick(path, tell)
+        return await stages.run_training(path, tell)
 
-    monkeypatch.setattr(rounds, "run_child", die_in_the_second)
-    async with trainer(redis, stages):
+    async with trainer(redis, replace(stages, run_training=die_in_the_second)):
         await decide(redis, job)
         async with asyncio.timeout(PATIENCE):
             await blocked.wait()
     assert (await JobStore(redis).get(job.id)).state == JobState.TRAINING
-    monkeypatch.setattr(rounds, "run_child", quick)
     async with trainer(redis, stages):
         await until(redis, job, JobState.COMPLETED)
     assert runs == ["round-1/concise", "round-1/warm"]
@@ -340,7 +398,7 @@ async def test_what_the_training_process_says_before_it_fails_becomes_the_jobs_e
     save_file({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, adapter / "adapter_model.safetensors")
     policies(stages, adapter)
     job = await submit(redis, stages, activate=True)
-    async with trainer(redis, stages):
+    async with trainer(redis, replace(stages, run_training=run_child)):
         await decide(redis, job)
         failed = await until(redis, job, JobState.FAILED)
     assert failed.error is not None and "diverged at step 1" in failed.error

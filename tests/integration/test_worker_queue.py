@@ -137,6 +137,7 @@ async def test_a_redelivery_makes_the_same_candidates(start: Start, redis: Redis
     assert sorted(made.values()) == [1, 2]
 
 
+@pytest.mark.slow
 async def test_a_decoder_that_is_away_costs_no_try(start: Start, redis: Redis, decoder: WritingDecoder) -> None:
     decoder.error = (503, {"error": {"message": "loading the model"}})
     await Queue(redis).put(PROMPTS, queued(0))
@@ -147,6 +148,7 @@ async def test_a_decoder_that_is_away_costs_no_try(start: Start, redis: Redis, d
     assert await redis.xlen(dead(PROMPTS)) == 0
 
 
+@pytest.mark.slow
 async def test_a_prompt_that_the_decoder_refuses_is_decided_as_failed(start: Start, redis: Redis, decoder: WritingDecoder) -> None:
     decoder.error = (400, {"error": {"message": "the prompt is too long"}})
     await Queue(redis).put(PROMPTS, queued(0))

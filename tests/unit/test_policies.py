@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, NotFound
-from sipo.policies import BaseModelRef, Draft, PolicySet, PolicyStore
+from sipo.models import BaseModelRef
+from sipo.policies import Draft, JobRound, MadeBy, PolicySet, PolicyStore, TrainedRuns, adapters_sha256
 from sipo.prompts import PromptFormat
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -72,6 +73,75 @@ def test_a_set_reads_back_as_it_was_published(store: PolicyStore, adapters: dict
     assert read.manifest.adapters["helpful"].rank == 2
     assert read.default_weights == {"helpful": 0.5, "harmless": 0.5}
     read.verify()
+
+
+@pytest.mark.parametrize(
+    ("made_by", "others"),
+    [
+        (JobRound(job="job-a", round=1), [JobRound(job="job-a", round=0), JobRound(job="job-b", round=1)]),
+        (TrainedRuns(adapters_sha256="1" * 64), [TrainedRuns(adapters_sha256="2" * 64)]),
+    ],
+)
+def test_a_set_is_found_by_what_it_was_made_by(
+    store: PolicyStore, adapters: dict[str, Path], base: Path, made_by: MadeBy, others: list[MadeBy]
+) -> None:
+    store.publish(draft(), adapters, base)
+    assert store.published_by("demo", made_by) is None
+    published = store.publish(draft().model_copy(update={"made_by": made_by}), adapters, base)
+    assert store.published_by("demo", made_by) is not None
+    assert (store.get("demo:2").manifest.made_by, published.id) == (made_by, "demo:2")
+    assert store.published_by("another", made_by) is None
+    assert [store.published_by("demo", other) for other in others] == [None] * len(others)
+
+
+BEFORE_MADE_BY = """
+{
+ "name": "demo",
+ "base": {"name": "tiny", "sha256": "%(zeros)s"},
+ "prompt_format": {"kind": "raw", "system": null, "template": "{prompt}\\n", "chat_template_sha256": null},
+ "objectives": ["concise", "warm"],
+ "beta": 0.1,
+ "round": 1,
+ "parent": "demo:1",
+ "data_sha256": "%(zeros)s",
+ "settings": {
+  "epochs": 1.0, "beta": 0.1, "alpha": 0.1, "batch_size": 2, "micro_batch_size": 1, "gradient_checkpointing": false,
+  "divergence": "reverse_kl", "divergence_alpha": 0.5, "checkpoint_steps": 25, "tracker": "none", "max_prompt_tokens": 256,
+  "max_response_tokens": 256, "lora_rank": 4, "lora_alpha": 8, "max_pairs": null, "seed": 0,
+  "method": "sipo", "mode": "mod", "preferences": "both", "learning_rates": {"concise": 0.0002, "warm": 0.001}%(job)s
+ },
+ "metrics": {
+  "concise": {
+   "objective": "concise", "pairs": 6, "validation_pairs": 6, "held_out": false, "prompts_too_long": 0, "identical": 0,
+   "responses_cut": 0, "steps": 3, "best_step": 3, "micro_batch_size": 1, "seconds": 4.2, "dtype": "float32",
+   "before": {"loss": 0.7, "margin": 0.0, "accuracy": 0.5}, "after": {"loss": 0.5, "margin": 0.6, "accuracy": 1.0}
+  }
+ },
+ "version": 2,
+ "created": "2026-11-20T06:36:05.230478Z",
+ "adapters": {"concise": {"sha256": "%(ones)s", "rank": 4}, "warm": {"sha256": "%(twos)s", "rank": 4}}
+}
+"""
+"""A manifest as it was written when jobs were known by their settings, and other sets by their adapters."""
+
+
+@pytest.mark.parametrize(
+    ("job", "made_by"),
+    [
+        (', "job": "job-0123456789ab", "job_round": 2', JobRound(job="job-0123456789ab", round=2)),
+        ("", TrainedRuns(adapters_sha256=adapters_sha256({"warm": "2" * 64, "concise": "1" * 64}))),
+    ],
+)
+def test_a_set_published_before_there_was_made_by_is_read_and_found(store: PolicyStore, job: str, made_by: MadeBy) -> None:
+    folder = store.root / "demo" / "2"
+    folder.mkdir(parents=True)
+    hashes = {"zeros": "0" * 64, "ones": "1" * 64, "twos": "2" * 64}
+    (folder / "manifest.json").write_text(BEFORE_MADE_BY % {**hashes, "job": job})
+    manifest = store.get("demo:2").manifest
+    assert (manifest.made_by, manifest.settings["learning_rates"]["warm"], manifest.parent) == (None, 0.001, "demo:1")
+    found = store.published_by("demo", made_by)
+    assert found is not None and found.id == "demo:2"
+    assert store.published_by("demo", JobRound(job="job-0123456789ab", round=1)) is None
 
 
 def test_files_that_changed_after_publishing_are_noticed(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
@@ -186,6 +256,7 @@ def _whole(store: PolicyStore) -> list[PolicySet]:
     return sets
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_set_current_and_every_set_whole(
     store: PolicyStore, adapters: dict[str, Path], base: Path
 ) -> None:

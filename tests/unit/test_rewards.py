@@ -155,6 +155,7 @@ def test_the_end_token_counts_exactly_where_it_is_given(base: Path, store: Polic
     assert abs(ended["helpful"] - truncated["helpful"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_each_call_is_scored_by_the_set_it_names_however_many_there_are(base: Path, store: PolicyStore, model: RewardModel) -> None:
     answers = responses(2, seed=3)
     for name in ("demo:1", "demo:2", "demo:3", "demo:1"):

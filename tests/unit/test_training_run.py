@@ -31,8 +31,11 @@ from sipo.training.methods import modpo_margins
 from sipo.training.process import claim
 from sipo.training.reporting import Reporter
 from sipo.training.run import build_trainer, train
-from sipo.training.settings import Progress, TrainMetrics, TrainRun, TrainSettings, write_run
+from sipo.training.run_folder import RunFolder
+from sipo.training.settings import Progress, TrainMetrics, TrainRun, TrainSettings
 from sipo.training.trainer import PairTrainer
+
+pytestmark = pytest.mark.slow
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png"}
 PAIRS = [TrainingPair(prompt=f"question {i}", chosen="yes " * (1 + i % 3), rejected=f"no, not {i}") for i in range(6)]
@@ -51,8 +54,7 @@ def run(tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> TrainRun:
 
 
 def go(run: TrainRun, folder: Path, pairs: list[TrainingPair] = PAIRS) -> tuple[TrainMetrics, list[Progress]]:
-    write_run(folder, run)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    RunFolder(folder).prepare(run, pairs)
     steps: list[Progress] = []
     metrics = train(run, folder, steps.append)
     return metrics, [step for step in steps if step.stage == "training"]
@@ -105,8 +107,7 @@ def test_a_first_alignment_starts_at_ln_2_and_learns_its_pairs(run: TrainRun, tm
 
 
 def test_the_references_pass_reports_how_far_it_is(run: TrainRun, tmp_path: Path) -> None:
-    write_run(tmp_path, run)
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    RunFolder(tmp_path).prepare(run, PAIRS)
     said: list[Progress] = []
     train(run, tmp_path, said.append)
     assert said[0].stage == "reference" and (said[0].step, said[0].of) == (1, len(PAIRS)) and said[0].loss is None
@@ -366,8 +367,7 @@ def test_a_run_killed_at_any_step_goes_on_and_ends_the_same(run: TrainRun, tmp_p
         run = run.model_copy(update={"start": tmp_path / "first" / "adapter"})
     whole, _ = go(run, tmp_path / "whole")
     folder = tmp_path / "killed"
-    write_run(folder, run)
-    (folder / "pairs.jsonl").write_text((tmp_path / "whole" / "pairs.jsonl").read_text())
+    RunFolder(folder).prepare(run, PAIRS)
     seen: list[int] = []
 
     def killer(at: int) -> Callable[[Progress], None]:
@@ -421,7 +421,8 @@ def test_a_run_killed_while_an_epoch_is_measured_measures_it_again(
 
 
 def test_a_run_is_one_processs_at_a_time(run: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_run(tmp_path, run)
+    RunFolder(tmp_path).prepare(run, PAIRS)
+    path = RunFolder(tmp_path).run_file
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     with claim(path), pytest.raises(Conflict, match="is being trained already, by another process"):
         claim(path)
@@ -442,8 +443,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
 
     monkeypatch.setattr(PairTrainer, "_compute_loss", with_little_memory)
     said: list[Progress] = []
-    write_run(tmp_path / "large", changed(run, micro_batch_size=6))
-    (tmp_path / "large" / "pairs.jsonl").write_text((tmp_path / "small" / "pairs.jsonl").read_text())
+    RunFolder(tmp_path / "large").prepare(changed(run, micro_batch_size=6), PAIRS)
     metrics = train(changed(run, micro_batch_size=6), tmp_path / "large", said.append)
     notes = [progress.note for progress in said if progress.note]
     assert notes == [
@@ -525,12 +525,12 @@ def test_a_run_leaves_its_records_for_people(run: TrainRun, tmp_path: Path) -> N
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([step.loss for step in steps], abs=1e-5)
 
 
-@pytest.mark.slow
 async def test_two_processes_train_as_one_does_though_one_is_killed(run: TrainRun, tmp_path: Path) -> None:
     run = changed(run, batch_size=2, epochs=2, alpha=0.2, checkpoint_steps=1)
     _, alone = go(run, tmp_path / "one")
-    path = write_run(tmp_path / "two", run)
-    (tmp_path / "two" / "pairs.jsonl").write_text((tmp_path / "one" / "pairs.jsonl").read_text())
+    folder = RunFolder(tmp_path / "two")
+    folder.prepare(run, PAIRS)
+    path = folder.run_file
     steps: list[Progress] = []
 
     async def tell(progress: Progress) -> None:

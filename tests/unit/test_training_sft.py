@@ -57,6 +57,7 @@ def test_rows_are_every_different_response_with_labels_on_the_response_alone(tin
     }
 
 
+@pytest.mark.slow
 def test_a_killed_fine_tuning_goes_on_and_becomes_a_base_with_its_own_hash(
     tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_killed_fine_tuning_goes_on_and_becomes_a_base_with_its_own_hash(
         tune(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
     tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

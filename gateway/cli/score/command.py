@@ -23,7 +23,7 @@ from gateway.cli.progress import LINE_SECONDS
 from gateway.cli.score.files import Row, ScoredRow, check_out, read_rows, scored_before
 from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
-from sipo.models import model_sha256, resolve_model
+from sipo.models import Base
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights, format_weights, normalize_weights, parse_weights, sampling_weights
 
@@ -112,21 +112,18 @@ class _Scorer:
         cls, settings: CommonSettings, store: PolicyStore, policy_set: PolicySet, soups: Sequence[Weights], length_normalized: bool
     ) -> _Scorer:
         """Loads the base and the policies, which takes seconds. Raises IncompatiblePolicy if they do not fit together."""
-        folder = resolve_model(settings.model, settings.cache_dir)
-        base_sha256 = model_sha256(folder, settings.cache_dir)
-        policy_set.check_base(base_sha256)
+        base = Base.open(settings.model, settings.cache_dir)
+        policy_set.check_base(base.ref.sha256)
 
-        from transformers import AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
         from sipo.rewards import RewardModel
 
         disable_progress_bar()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        policy_set.manifest.prompt_format.check(tokenizer)
-        model = RewardModel.load(folder, store, base_sha256=base_sha256, device="auto")
+        policy_set.manifest.prompt_format.check(base.tokenizer)
+        model = RewardModel.load(base.folder, store, base_sha256=base.ref.sha256, device="auto")
         model.score(policy_set.id, [])  # what is wrong with the policies shows before anything is written
-        return cls(model, tokenizer, policy_set, soups, length_normalized)
+        return cls(model, base.tokenizer, policy_set, soups, length_normalized)
 
     def batches(self, rows: Sequence[Row]) -> Iterator[list[ScoredRow]]:
         """In order, as many rows at a time as the model takes in one pass."""

@@ -15,12 +15,15 @@ from rich.table import Table
 
 from gateway.cli.console import complaints, console
 from gateway.cli.train.data import read_data
-from gateway.cli.train.plan import Base, Options, Planner, method_for
+from gateway.cli.train.options import Options, Settings, check_publishable, method_for, plan
 from gateway.cli.train.progress import Display
-from gateway.cli.train.runs import RUN, Runs
 from services.common.local.training import launch_command, run_child
 from services.common.settings import CommonSettings, load
+from sipo.errors import InvalidRequest
+from sipo.models import Base
+from sipo.training.planning import Planner
 from sipo.training.presets import read_preset, read_settings
+from sipo.training.run_set import RunSet
 from sipo.training.settings import Method, TrainMetrics, TrainSettings
 
 
@@ -70,16 +73,18 @@ def train(
     file = read_data(data)
     options = Options(start=start, objectives=objectives, weights=weights, objective=objective, publish=publish)
     chosen = method_for(method, file, options)
-    by_preset = read_preset(preset)
-    given = TrainSettings() if settings is None else read_settings(settings)
+    by_method = Settings(read_preset(preset), TrainSettings() if settings is None else read_settings(settings))
     command = launch_command(accelerate)
     common = load(CommonSettings)
     store = common.policies
-    planner = Planner(Base.open(common), None if start is None else store.get(start), by_preset, given)
-    runs = Runs(out.expanduser().absolute(), planner.runs(chosen, file, options))
+    planner = Planner(Base.open(common.model, common.cache_dir), None if start is None else store.get(start))
+    runs = RunSet(out.expanduser().absolute(), plan(planner, chosen, file, options, by_method))
     if publish is not None:
-        runs.check_publishable(publish)
-    runs.prepare()
+        check_publishable(publish, runs.planned)
+    try:
+        runs.prepare()
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{error.message} with --out", param="out") from error
     try:
         metrics = _train(runs, command)
     except KeyboardInterrupt:
@@ -87,26 +92,27 @@ def train(
         raise
     _summarise(runs, metrics)
     if publish is not None:
-        published = runs.publish(publish, chosen, store, planner.base, planner.start)
+        published = runs.publish(publish, store, planner.base, planner.start)
         console.print(f"published {published.id}; make it current with `sipo policies activate {published.id}`")
 
 
-def _train(runs: Runs, command: Sequence[str]) -> dict[str, TrainMetrics]:
+def _train(runs: RunSet, command: Sequence[str]) -> dict[str, TrainMetrics]:
     """By name; one run after the other."""
     metrics = {}
     with Display() as display:
         for planned in runs.planned:
             display.begin(planned.name, len(planned.pairs))
-            if (found := runs.finished(planned)) is not None:
-                metrics[planned.name] = found
+            folder = runs.run_folder(planned)
+            if (finished := folder.finished()) is not None:
+                metrics[planned.name] = finished
                 display.end("was finished before")
                 continue
-            metrics[planned.name] = asyncio.run(run_child(runs.folder(planned) / RUN, display.tell, command))
+            metrics[planned.name] = asyncio.run(run_child(folder.run_file, display.tell, command))
             display.end(f"finished after {metrics[planned.name].seconds:.0f} s")
     return metrics
 
 
-def _summarise(runs: Runs, metrics: Mapping[str, TrainMetrics]) -> None:
+def _summarise(runs: RunSet, metrics: Mapping[str, TrainMetrics]) -> None:
     columns = ("policy", "pairs", "validation", "loss before", "after", "accuracy before", "after", "seconds")
     table = Table(*columns, box=None, header_style="bold")
     for name, one in metrics.items():
@@ -124,4 +130,4 @@ def _summarise(runs: Runs, metrics: Mapping[str, TrainMetrics]) -> None:
     if not all(one.held_out for one in metrics.values()):
         console.print("too few pairs to hold some out for validation: loss and reward accuracy are those of the training pairs")
     for planned in runs.planned:
-        console.print(f"{planned.name}: {runs.folder(planned)}", markup=False)
+        console.print(f"{planned.name}: {runs.run_folder(planned).path}", markup=False)

@@ -1,57 +1,14 @@
-"""The file of `sipo train`: labelled examples, or preference pairs as a job gives them."""
+"""The file of `sipo train` and `sipo sft`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from pydantic import BaseModel, Field
-
 from gateway.cli.own_rows import read_rows_or_examples
-from sipo.errors import InvalidData
-from sipo.preferences import Example, ObjectiveName
-from sipo.training.data import TrainingPair
-
-
-@dataclass(frozen=True)
-class Labelled:
-    examples: Sequence[Example]
-
-    @property
-    def objectives(self) -> list[str]:
-        """In the order of their first labels."""
-        return list(dict.fromkeys(name for example in self.examples for name in example.labels))
-
-
-class PairRow(BaseModel):
-    """A line of `GET /v1/jobs/{id}/pairs`. Without an objective it is for every policy; other columns are passed over."""
-
-    prompt: str = Field(min_length=1)
-    chosen: str
-    rejected: str
-    objective: ObjectiveName | None = None
-
-
-@dataclass(frozen=True)
-class Pairs:
-    rows: Sequence[tuple[int, PairRow]]
-    """With their line numbers."""
-
-    def check_objectives(self, known: Sequence[str], owner: str) -> None:
-        for line, row in self.rows:
-            if row.objective not in (None, *known):
-                raise InvalidData(f"`objective` is {row.objective!r}: {owner} has {', '.join(known)}", line=line)
-
-    def of(self, objective: str) -> list[TrainingPair]:
-        return [
-            TrainingPair(prompt=row.prompt, chosen=row.chosen, rejected=row.rejected)
-            for _, row in self.rows
-            if row.objective in (None, objective)
-        ]
+from sipo.preferences import Example
+from sipo.training.sources import Labelled, PairRow, Pairs
 
 
 def read_data(data: str) -> Labelled | Pairs:
     """The first row's columns tell which. Raises InvalidData for the first wrong line, NotFound if there is no such file."""
-    found = read_rows_or_examples(data, PairRow, {"chosen", "rejected"}, "a pair needs prompt, chosen and rejected, each a text")
-    pairs = [one for one in found if not isinstance(one, Example)]
-    return Pairs(pairs) if pairs else Labelled([one for one in found if isinstance(one, Example)])
+    rows = read_rows_or_examples(data, PairRow, {"chosen", "rejected"}, "a pair needs prompt, chosen and rejected, each a text")
+    pairs = [row for row in rows if not isinstance(row, Example)]
+    return Pairs(pairs) if pairs else Labelled([row for row in rows if isinstance(row, Example)])

@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 
 from gateway.cli.console import complaints, console
-from gateway.cli.train.data import Labelled, read_data
+from gateway.cli.train.data import read_data
 from gateway.cli.train.progress import Display
 from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
-from sipo.models import resolve_model
-from sipo.prompts import PromptFormat
+from sipo.models import Base
 from sipo.training.presets import NOT_OF_SFT, changed, read_preset, read_settings
 from sipo.training.process import take_one_gpu
 from sipo.training.settings import TrainSettings
+from sipo.training.sources import Labelled
 
 
 def sft(
@@ -47,16 +47,15 @@ def sft(
         raise InvalidRequest(f"{settings} sets {', '.join(foreign)}: fine-tuning has no pairs, leave it out", param="settings")
     chosen = changed(read_preset(preset).sft, given)
     common = load(CommonSettings)
-    base = resolve_model(common.model, common.cache_dir)
+    base = Base.open(common.model, common.cache_dir)
 
     take_one_gpu()
-    from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from sipo.training.sft import SftRun, train_sft
 
     disable_progress_bar()
-    run = SftRun(base, common.model, PromptFormat.of(AutoTokenizer.from_pretrained(base)), chosen)
+    run = SftRun(base.folder, base.ref.name, base.prompt_format, chosen)
     with Display() as display:
         display.begin("sft", len(file.examples))
         try:

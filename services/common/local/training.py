@@ -13,7 +13,8 @@ from pydantic import TypeAdapter
 
 from services.common.local.processes import dies_with_parent
 from sipo.errors import InvalidRequest, TrainingFailed
-from sipo.training.settings import ACCELERATE, METRICS, Failure, Progress, TrainMetrics
+from sipo.training.run_folder import METRICS
+from sipo.training.settings import ACCELERATE, Failure, Progress, TrainMetrics
 
 LOG = "train.log"
 GRACE = 20.0

@@ -1,0 +1,125 @@
+"""What the options of `sipo train` ask for: a method that fits the data, and its runs (sipo.training.planning)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from sipo.errors import InvalidRequest, InvalidWeights
+from sipo.policies import POLICY_NAME
+from sipo.preferences import BASE, Weights, check_objectives, normalize_weights, parse_weights
+from sipo.training.planning import PlannedRun, Planner
+from sipo.training.presets import Preset, changed
+from sipo.training.settings import Method, TrainSettings
+from sipo.training.sources import Labelled, Pairs
+
+NEEDS: Mapping[Method, tuple[str, ...]] = {"dpo": (), "sipo": ("start",), "lw": ("weights",), "modpo": ("weights", "start")}
+TAKES: Mapping[Method, tuple[str, ...]] = {
+    "dpo": ("objectives", "publish"),
+    "sipo": ("objectives", "publish"),
+    "lw": (),
+    "modpo": ("objective",),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those that some methods have, as they were written."""
+
+    start: str | None
+    objectives: str | None
+    weights: str | None
+    objective: str | None
+    publish: str | None
+
+
+def method_for(method: Method | None, data: Labelled | Pairs, options: Options) -> Method:
+    """The method asked for, or the data's own. Raises InvalidRequest where method, data and options do not fit together."""
+    paired = isinstance(data, Pairs)
+    chosen: Method = method or ("sipo" if paired else "dpo")
+    if paired != (chosen == "sipo"):
+        wanted, found = ("pairs", "labelled data") if chosen == "sipo" else ("labelled data", "pairs")
+        other = "dpo, lw and modpo take" if chosen == "sipo" else "sipo takes"
+        raise InvalidRequest(f"the method {chosen} takes {wanted}, and the file holds {found}, which {other}", param="method")
+    given = {name for name, value in asdict(options).items() if value is not None}
+    if missing := [name for name in NEEDS[chosen] if name not in given]:
+        raise InvalidRequest(f"the method {chosen} needs --{missing[0]}", param=missing[0])
+    taken = (*NEEDS[chosen], *TAKES[chosen])
+    if surplus := sorted(given - {*taken}):
+        known = ", ".join(f"--{name}" for name in taken)
+        raise InvalidRequest(f"the method {chosen} has no --{surplus[0]}, but {known}", param=surplus[0])
+    return chosen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of each method: a preset's, over which `given` ones win."""
+
+    preset: Preset
+    given: TrainSettings
+
+    @property
+    def alignment(self) -> TrainSettings:
+        if self.given.model_fields_set & {"alpha"} and self.given.alpha > 0:
+            raise InvalidRequest("alpha is the weight of the NLL term in Eq. 8: only the method sipo has it", param="settings")
+        return changed(self.preset.alignment, self.given)
+
+    def sipo_for(self, objective: str) -> TrainSettings:
+        return changed(self.preset.sipo_for(objective), self.given)
+
+
+def plan(planner: Planner, method: Method, data: Labelled | Pairs, options: Options, settings: Settings) -> list[PlannedRun]:
+    """The runs of a method that fits its data and its options: see method_for."""
+    if isinstance(data, Pairs):
+        runs = _sipo(planner, data, options.objectives, settings)
+    elif options.weights is None:
+        objectives = _chosen(options.objectives, data.objectives, "the file has labels for")
+        check_objectives(objectives)
+        runs = [planner.dpo(objective, data.examples, settings.alignment) for objective in objectives]
+    else:
+        weights = _weights(options.weights, data)
+        if method == "lw":
+            runs = [planner.lw(weights, data.examples, settings.alignment)]
+        else:
+            runs = [planner.modpo(_own(options.objective, weights), weights, data.examples, settings.alignment)]
+    for planned in runs:
+        planned.check_usable(planner.base.tokenizer)
+    return runs
+
+
+def check_publishable(name: str, runs: Sequence[PlannedRun]) -> None:
+    """Raises InvalidRequest for what publishing would refuse, before hours of training."""
+    if not POLICY_NAME.fullmatch(name) or name == BASE:
+        raise InvalidRequest(f"--publish {name!r} is no policy name: small letters, digits, - and _; not {BASE!r}")
+    if len(runs) < 2:
+        raise InvalidRequest(f"--publish needs two or more objectives, here is {runs[0].name} alone")
+
+
+def _sipo(planner: Planner, data: Pairs, objectives: str | None, settings: Settings) -> list[PlannedRun]:
+    assert planner.start is not None
+    start = planner.start
+    data.check_objectives(start.objectives, start.id)
+    names = _chosen(objectives, start.objectives, f"{start.id} has policies for")
+    return [planner.sipo(name, data.of(name), settings.sipo_for(name)) for name in names]
+
+
+def _own(objective: str | None, weights: Weights) -> str:
+    """Whose pairs MODPO trains on: by default the heaviest's."""
+    own = objective or max(weights, key=weights.__getitem__)
+    if own not in weights:
+        raise InvalidWeights(f"--objective is {own!r}, which has no weight: it must be one of {', '.join(weights)}")
+    return own
+
+
+def _chosen(objectives: str | None, known: Sequence[str], owner: str) -> list[str]:
+    names = list(known) if objectives is None else list(dict.fromkeys(name.strip() for name in objectives.split(",")))
+    if unknown := [name for name in names if name not in known]:
+        raise InvalidRequest(f"unknown objective {unknown[0]!r}: {owner} {', '.join(known)}", param="objectives")
+    return names
+
+
+def _weights(text: str, data: Labelled) -> Weights:
+    """Those that are named are the method's objectives."""
+    weights = parse_weights(text, param="weights")
+    _chosen(",".join(weights), data.objectives, "the file has labels for")
+    return normalize_weights(weights, list(weights), param="weights")

@@ -1,0 +1,109 @@
+"""What each method trains, as runs that may be begun: see sipo.training.methods. Nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sipo.errors import InvalidRequest
+from sipo.models import Base
+from sipo.policies import PolicySet
+from sipo.preferences import Example, Weights
+from sipo.training.data import TrainingPair, alignment_pairs, tokenise
+from sipo.training.methods import lw_pairs, modpo_margins
+from sipo.training.settings import Method, TrainRun, TrainSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One policy's. `name` is that of its folder."""
+
+    name: str
+    run: TrainRun
+    pairs: Sequence[TrainingPair]
+
+    def check_usable(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises InvalidRequest if not even one pair can be trained on: better now than after the other policies' runs."""
+        limits = self.run.settings
+        first = tokenise(
+            self.pairs,
+            self.run.prompt_format,
+            tokenizer,
+            max_prompt_tokens=limits.max_prompt_tokens,
+            max_response_tokens=limits.max_response_tokens,
+            max_pairs=1,
+            seed=limits.seed,
+        )
+        if not first.train:
+            raise InvalidRequest(
+                f"no pair to train {self.name!r} on: of {len(self.pairs)} pairs {first.left_out['prompts_too_long']} have "
+                f"prompts longer than max_prompt_tokens = {limits.max_prompt_tokens}, in {first.left_out['identical']} chosen and "
+                "rejected are the same"
+            )
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans runs on one base. `start` is the policy set that sipo goes on from, and whose policies are MODPO's margins; its prompt
+    format is then that of every run.
+
+    Raises IncompatiblePolicy if `start` belongs to another base.
+    """
+
+    base: Base
+    start: PolicySet | None = None
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            self.start.check_base(self.base.ref.sha256)
+            self.start.manifest.prompt_format.check(self.base.tokenizer)
+
+    def dpo(self, objective: str, examples: Iterable[Example], settings: TrainSettings) -> PlannedRun:
+        """Eq. 2: a fresh LoRA on the objective's labels."""
+        return self._run("dpo", objective, objective, alignment_pairs(examples, objective), settings)
+
+    def sipo(self, objective: str, pairs: Iterable[TrainingPair], settings: TrainSettings) -> PlannedRun:
+        """Eq. 8: the set's policy goes on, itself frozen as reference."""
+        assert self.start is not None
+        return self._run("sipo", objective, objective, pairs, settings, start=self.start.adapter_dir(objective))
+
+    def lw(self, weights: Weights, examples: Iterable[Example], settings: TrainSettings) -> PlannedRun:
+        """Each objective's loss by its weight, on the same pairs."""
+        _check_divergence("lw", settings)
+        return self._run("lw", "lw", "lw", lw_pairs(examples, weights), settings, weights=weights)
+
+    def modpo(self, objective: str, weights: Weights, examples: Iterable[Example], settings: TrainSettings) -> PlannedRun:
+        """The pairs of one objective, and the set's policies for the others as margins."""
+        assert self.start is not None
+        _check_divergence("modpo", settings)
+        others = [name for name, weight in weights.items() if name != objective and weight > 0]
+        if missing := [name for name in others if name not in self.start.objectives]:
+            known = ", ".join(self.start.objectives)
+            raise InvalidRequest(f"{self.start.id} has no policy for {missing[0]!r}, but for {known}", param="start")
+        adapters = {name: self.start.adapter_dir(name) for name in others}
+        margins = modpo_margins(weights, objective, adapters, beta_ratio=self.start.manifest.beta / settings.beta)
+        pairs = alignment_pairs(examples, objective)
+        return self._run("modpo", "modpo", objective, pairs, settings, weights=weights, margins=margins)
+
+    def _run(
+        self, method: Method, name: str, objective: str, pairs: Iterable[TrainingPair], settings: TrainSettings, **fields: Any
+    ) -> PlannedRun:
+        run = TrainRun(
+            method=method,
+            objective=objective,
+            base=self.base.folder,
+            base_name=self.base.ref.name,
+            prompt_format=self.base.prompt_format if self.start is None else self.start.manifest.prompt_format,
+            settings=settings,
+            **fields,
+        )
+        return PlannedRun(name, run, list(pairs))
+
+
+def _check_divergence(method: Method, settings: TrainSettings) -> None:
+    if settings.divergence != "reverse_kl":
+        raise InvalidRequest(f"the method {method} is defined for reverse_kl, not for {settings.divergence}", param="settings")
