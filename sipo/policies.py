@@ -32,7 +32,7 @@ from sipo.prompts import PromptFormat
 from sipo.record import Record
 
 POLICY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-VERSION = re.compile(r"[0-9]{1,9}")
+SET_VERSION = re.compile(r"[0-9]{1,9}")
 ASIDE = ".new-"
 ABANDONED = 3600.0
 """Seconds after which a set that is still aside is nobody's."""
@@ -160,7 +160,7 @@ class PolicyStore:
                 raise NotFound(f"no current policy set named {name!r}: {hint}", param="policy_set")
             return current
         folder = self.root / name / version
-        if not POLICY_NAME.fullmatch(name) or not VERSION.fullmatch(version) or not folder.is_dir():
+        if not POLICY_NAME.fullmatch(name) or not SET_VERSION.fullmatch(version) or not folder.is_dir():
             known = ", ".join(f"{n}:{v}" for n in self.names() for v in self._versions(n)) or "none yet"
             raise NotFound(f"no policy set {reference!r}: known sets are {known}", param="policy_set")
         return self._read(folder)

@@ -19,6 +19,7 @@ from services.common.contract.jobs import JobSpec, JobState
 from services.common.contract.keys import DECISIONS
 from services.common.contract.messages import Candidate, PromptDecided, ScoredCandidate
 from services.common.contract.reports import Report
+from services.common.local.training import Tell
 from services.common.queue import Consumer, Queue
 from services.common.web.clients import DecoderClient
 from services.trainer.lifecycle import Lifecycle
@@ -29,8 +30,6 @@ from sipo.selection import Chosen
 from sipo.training.run_folder import RunFolder
 from sipo.training.settings import Measure, Progress, TrainMetrics, TrainSettings
 from support import PATIENCE
-
-Tell = Callable[[Progress], Awaitable[None]]
 
 OBJECTIVES = ["concise", "warm"]
 QUICK = TrainSettings(lora_rank=4, lora_alpha=8, batch_size=2)

@@ -13,11 +13,11 @@ from gateway.cli.console import console
 
 app = typer.Typer(no_args_is_help=True, help="Look into the queue of a running gateway, and put dead messages back.")
 
-Job = Annotated[str | None, typer.Option(help="Only the messages of this job.")]
+OfJob = Annotated[str | None, typer.Option(help="Only the messages of this job.")]
 
 
 @app.command()
-def show(job: Job = None, url: GatewayUrl = DEFAULT_URL) -> None:
+def show(job: OfJob = None, url: GatewayUrl = DEFAULT_URL) -> None:
     """Print how many messages wait, are held and are dead, then each dead one: stream, entry, job/round/prompt, and why it died.
 
     Examples:
@@ -42,7 +42,7 @@ def show(job: Job = None, url: GatewayUrl = DEFAULT_URL) -> None:
 def requeue(
     entries: Annotated[list[str] | None, typer.Argument(metavar="ENTRY", help="As `sipo queue show` prints them.")] = None,
     *,
-    job: Job = None,
+    job: OfJob = None,
     stream: Annotated[str | None, typer.Option(help="prompts, candidates or decisions.")] = None,
     url: GatewayUrl = DEFAULT_URL,
 ) -> None:

@@ -26,6 +26,7 @@ from gateway.settings import GatewaySettings
 from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job, JobStore, new_job_id
 from services.common.contract.jobs import JobSpec
+from services.common.web.app import JSONL
 from sipo.datasets import read_lines
 from sipo.errors import InvalidRequest, NotFound
 from sipo.policies import PolicyStore
@@ -33,7 +34,6 @@ from sipo.selection import pareto_pairs
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-JSONL = "application/jsonl"
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -23,7 +23,7 @@ from sipo.errors import InvalidRequest, NotFound
 router = APIRouter(prefix="/v1/queue", tags=["queue"])
 
 StreamName = Literal["prompts", "candidates", "decisions"]
-STREAMS: Final[dict[StreamName, tuple[str, type[Message]]]] = {
+STREAMS_BY_NAME: Final[dict[StreamName, tuple[str, type[Message]]]] = {
     "prompts": (PROMPTS, PromptQueued),
     "candidates": (CANDIDATES, PromptSampled),
     "decisions": (DECISIONS, PromptDecided),
@@ -83,7 +83,7 @@ class Requeued(BaseModel):
 async def get_queue(request: Request) -> dict[StreamName, StreamDepth]:
     """How many messages of each stream wait, are held, and are dead."""
     depths = await _queue(request).depths()
-    return {name: StreamDepth(**depths[stream]._asdict()) for name, (stream, _) in STREAMS.items()}
+    return {name: StreamDepth(**depths[stream]._asdict()) for name, (stream, _) in STREAMS_BY_NAME.items()}
 
 
 @router.get("/dead")
@@ -102,7 +102,7 @@ async def requeue(body: Requeue, request: Request) -> Requeued:
     reasons = [why_it_stays(message, jobs) for message in chosen]
     stayed = [_stayed(message, why) for message, why in zip(chosen, reasons, strict=True) if why]
     requeued = 0
-    for name, (stream, _) in STREAMS.items():
+    for name, (stream, _) in STREAMS_BY_NAME.items():
         going = [message for message, why in zip(chosen, reasons, strict=True) if message.stream == name and not why]
         moved = await queue.requeue(stream, [message.entry for message in going])
         if moved < len(going):  # those that are there no more, another operator has put back
@@ -146,7 +146,7 @@ async def _dead(request: Request, wanted: Requeue) -> list[DeadMessage]:
         await _jobs(request).get(wanted.job)
     messages = [
         _describe(name, entry, letter)
-        for name, (stream, _) in STREAMS.items()
+        for name, (stream, _) in STREAMS_BY_NAME.items()
         if wanted.stream in (None, name)
         for entry, letter in await _queue(request).dead(stream)
         if wanted.entries is None or entry in wanted.entries
@@ -157,7 +157,7 @@ async def _dead(request: Request, wanted: Requeue) -> list[DeadMessage]:
 
 def _describe(name: StreamName, entry: str, letter: DeadLetter) -> DeadMessage:
     dead = DeadMessage(stream=name, entry=entry, reason=letter.reason, tries=letter.tries)
-    _, model = STREAMS[name]
+    _, model = STREAMS_BY_NAME[name]
     try:
         message = model.model_validate_json(letter.data)
     except ValidationError:

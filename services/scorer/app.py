@@ -26,7 +26,6 @@ from sipo.preferences import Weights, format_weights
 from sipo.selection import Rewards
 
 MAX_RESPONSES = 16384
-JSONL = "application/jsonl"
 
 
 class ResponseToScore(BaseModel):
@@ -114,7 +113,7 @@ async def rewards(request: RewardsRequest, scorer: Annotated[Scorer, Depends(_sc
     header = RewardsHeader(policy_set=asked.policy_set, names=[*asked.objectives, *map(format_weights, asked.soups)])
     finite = _finite(asked, scorer.rewards(asked, length_normalized=request.length_normalized))
     if request.stream:
-        return StreamingResponse(_lines(header, finite), media_type=JSONL)
+        return StreamingResponse(_lines(header, finite), media_type=common.JSONL)
     return RewardsReply(**header.model_dump(), rewards=[rewards async for rewards in finite])
 
 

@@ -19,12 +19,13 @@ from services.common.contract.job_files import ARTIFACTS
 from services.common.contract.job_store import Job, JobStore, Lease
 from services.common.contract.jobs import JobState
 from services.common.contract.messages import PromptDecided
+from services.common.local.training import Tell
 from services.common.queue import Delivery
 from services.common.web.clients import DecoderClient
 from services.trainer.decisions import DecisionLog
 from services.trainer.decoders import asleep
 from services.trainer.reporting import why_not_trainable
-from services.trainer.rounds import Stages, Tell
+from services.trainer.rounds import Stages
 from sipo.errors import Conflict, SipoError, Unavailable
 from sipo.training.settings import Progress
 

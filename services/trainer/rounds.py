@@ -15,7 +15,7 @@ from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job
 from services.common.contract.messages import PromptDecided
 from services.common.contract.reports import Report, RoundReport
-from services.common.local.training import run_child
+from services.common.local.training import Tell, run_child
 from services.trainer.pairs import pareto_pairs_of
 from services.trainer.reporting import funnel, ground_truth
 from sipo.errors import Conflict
@@ -26,9 +26,8 @@ from sipo.preferences import Example
 from sipo.training.planning import PlannedRun, Planner
 from sipo.training.run_folder import RunFolder
 from sipo.training.run_set import publish_runs
-from sipo.training.settings import Progress, TrainMetrics
+from sipo.training.settings import TrainMetrics
 
-Tell = Callable[[Progress], Awaitable[None]]
 RunTraining = Callable[[Path, Tell], Awaitable[TrainMetrics]]
 """Trains what a run.yaml says, and tells how far it is."""
 

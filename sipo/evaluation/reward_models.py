@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS = "sipo.reward_models"
 """The group in which a package registers its functions (prompt: str, response: str) -> float."""
 
-TIMEOUT = httpx.Timeout(600, connect=5)  # seconds; a large model on a loaded server takes minutes
+SCORE_TIMEOUT = httpx.Timeout(600, connect=5)  # seconds; a large model on a loaded server takes minutes
 
 
 class RewardFunction(Protocol):
@@ -174,7 +174,7 @@ class _Endpoint:
             raise _no_address(address)
         self._url = url
         self._name = f"the reward model at {url.copy_with(userinfo=b'', query=None)}"  # secrets stay out of messages
-        self._http = httpx.Client(timeout=TIMEOUT)
+        self._http = httpx.Client(timeout=SCORE_TIMEOUT)
 
     def __call__(self, prompt: str, responses: Sequence[str]) -> list[float]:
         if not responses:

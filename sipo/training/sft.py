@@ -37,8 +37,8 @@ from sipo.training.records import draw_curve, write_history
 from sipo.training.reporting import Reporter
 from sipo.training.run_folder import ADAPTER, CURVE, HISTORY
 from sipo.training.settings import Progress, TrainSettings
+from sipo.training.shared_prompt import IGNORED
 
-IGNORED = -100
 RECIPE = "recipe.json"
 TENSORBOARD = "tensorboard"
 

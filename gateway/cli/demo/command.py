@@ -12,7 +12,7 @@ import typer
 
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
-from gateway.cli.demo.input import PROMPTS, DemoInput, bundled_input, own_input
+from gateway.cli.demo.input import ROUND_PROMPTS, DemoInput, bundled_input, own_input
 from gateway.cli.demo.results import show_answers, show_report
 from gateway.cli.jobs import submit_file
 from gateway.cli.progress import watch_job
@@ -52,7 +52,7 @@ def demo(
     source = own_input(settings, data, names or None, max_pairs) if data else bundled_input(settings)
     console.print(
         f"conflicts found: {source.conflicting} of {source.offered} examples conflict on {', '.join(source.objectives)}; "
-        f"the round runs on {min(source.conflicting, PROMPTS)} of them"
+        f"the round runs on {min(source.conflicting, ROUND_PROMPTS)} of them"
     )
     job = asyncio.run(run_round(settings, source))
     console.print(f"wall time: {time.monotonic() - began:.0f} s")

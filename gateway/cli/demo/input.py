@@ -23,7 +23,7 @@ from sipo.prompts import PromptFormat
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPTS = 16
+ROUND_PROMPTS = 16
 MAX_PROMPT_TOKENS = 256
 HELD_OUT_SPLITS: tuple[Literal["test"], Literal["validation"]] = ("test", "validation")
 
@@ -46,12 +46,14 @@ def bundled_input(settings: CommonSettings) -> DemoInput:
     held_out = [example for split in HELD_OUT_SPLITS for example in bundled_examples(split)]
     conflicting = [example for example in held_out if example.conflicting(shipped.objectives)]
     spec = _spec(shipped.manifest.name, shipped.objectives)
-    return DemoInput(conflicting[:PROMPTS], shipped.objectives, spec, len(held_out), len(conflicting))
+    return DemoInput(conflicting[:ROUND_PROMPTS], shipped.objectives, spec, len(held_out), len(conflicting))
 
 
 def _spec(policy: str, objectives: list[str]) -> JobSpec:
     """Short answers and reviews, so that a round takes minutes on two cores."""
-    return JobSpec(policy=policy, objectives=objectives, max_prompts=PROMPTS, max_tokens=64, review_max_tokens=48, activate=True)
+    return JobSpec(
+        policy=policy, objectives=objectives, max_prompts=ROUND_PROMPTS, max_tokens=64, review_max_tokens=48, activate=True
+    )
 
 
 def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None, max_pairs: int) -> DemoInput:

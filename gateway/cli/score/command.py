@@ -20,7 +20,7 @@ from rich.table import Table
 
 from gateway.cli.console import complaints
 from gateway.cli.progress import LINE_SECONDS
-from gateway.cli.score.files import Row, ScoredRow, check_out, read_rows, scored_before
+from gateway.cli.score.files import RowToScore, ScoredRow, check_out, read_rows, scored_before
 from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
 from sipo.models import Base
@@ -125,10 +125,10 @@ class _Scorer:
         model.score(policy_set.id, [])  # what is wrong with the policies shows before anything is written
         return cls(model, base.tokenizer, policy_set, soups, length_normalized)
 
-    def batches(self, rows: Sequence[Row]) -> Iterator[list[ScoredRow]]:
+    def batches(self, rows: Sequence[RowToScore]) -> Iterator[list[ScoredRow]]:
         """In order, as many rows at a time as the model takes in one pass."""
         longest = self.model.token_budget // (1 + len(self.policy_set.objectives) + len(self.soups))
-        batch: list[tuple[Row, Group | str]] = []
+        batch: list[tuple[RowToScore, Group | str]] = []
         tokens = 0
         for row in rows:
             group = self._group(row)
@@ -140,7 +140,7 @@ class _Scorer:
             tokens += size
         yield self._score(batch)
 
-    def _group(self, row: Row) -> Group | str:
+    def _group(self, row: RowToScore) -> Group | str:
         """The row in tokens, or why it cannot be scored."""
         from sipo.rewards import Group
 
@@ -153,12 +153,12 @@ class _Scorer:
             return error.message
         return group
 
-    def _score(self, batch: Sequence[tuple[Row, Group | str]]) -> list[ScoredRow]:
+    def _score(self, batch: Sequence[tuple[RowToScore, Group | str]]) -> list[ScoredRow]:
         groups = [group for _, group in batch if not isinstance(group, str)]
         found = iter(self.model.score(self.policy_set.id, groups, self.soups))
         return [self._scored(row, group, [] if isinstance(group, str) else next(found)) for row, group in batch]
 
-    def _scored(self, row: Row, group: Group | str, rewards: list[Rewards]) -> ScoredRow:
+    def _scored(self, row: RowToScore, group: Group | str, rewards: list[Rewards]) -> ScoredRow:
         from sipo.rewards import per_token
 
         scored = ScoredRow(

@@ -19,7 +19,7 @@ LINE_START = b'{"policy_set":'
 Labels = dict[ObjectiveName, Literal[0, 1]]
 
 
-class Row(BaseModel):
+class RowToScore(BaseModel):
     """A prompt and responses that ended by themselves; labels, as in Example, only where there are two."""
 
     prompt: str = Field(min_length=1)
@@ -54,18 +54,20 @@ def check_out(out: Path | None, resume: bool) -> None:
         raise InvalidRequest(f"{out} exists: name another file, or go on with it by --resume")
 
 
-def read_rows(data: str) -> list[Row]:
+def read_rows(data: str) -> list[RowToScore]:
     """The rows of our own format or of a labelled one."""
-    found = read_rows_or_examples(data, Row, {"responses"}, "a row needs a prompt and responses, a list of texts")
+    found = read_rows_or_examples(data, RowToScore, {"responses"}, "a row needs a prompt and responses, a list of texts")
     return [
-        Row(prompt=one.prompt, responses=[one.response_0, one.response_1], labels=one.labels)
+        RowToScore(prompt=one.prompt, responses=[one.response_0, one.response_1], labels=one.labels)
         if isinstance(one, Example)
         else one[1]
         for one in found
     ]
 
 
-def scored_before(out: Path, rows: Sequence[Row], policy_set: str, length_normalized: bool, names: set[str]) -> list[ScoredRow]:
+def scored_before(
+    out: Path, rows: Sequence[RowToScore], policy_set: str, length_normalized: bool, names: set[str]
+) -> list[ScoredRow]:
     """The rows that an interrupted run left in `out`; a line that it could not finish is cut off. Raises InvalidRequest if they do
     not belong to this run."""
     *lines, torn = out.read_bytes().split(b"\n")

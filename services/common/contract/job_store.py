@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 from services.common.background import beside
 from services.common.contract.jobs import JobSpec, JobState
 from services.common.contract.keys import JOBS, count_field, job_key, lease_keys
-from services.common.contract.versions import VERSION, Versioned
+from services.common.contract.versions import SCHEMA_VERSION, Versioned
 from sipo.errors import Conflict, NotFound
 
 NEXT: Final[dict[JobState, frozenset[JobState]]] = {
@@ -84,7 +84,7 @@ return 1
 CHANGE = f"""
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return 'missing' end
-if (redis.call('HGET', KEYS[1], 'version') or '{VERSION}') ~= '{VERSION}' then return 'version' end
+if (redis.call('HGET', KEYS[1], 'version') or '{SCHEMA_VERSION}') ~= '{SCHEMA_VERSION}' then return 'version' end
 if ARGV[2] ~= '' and redis.call('GET', KEYS[2]) ~= ARGV[2] then return 'fenced' end
 if not string.find(ARGV[1], ',' .. state .. ',', 1, true) then return state end
 if ARGV[3] ~= '' and redis.call('HGET', KEYS[1], 'round') ~= ARGV[3] then return 'round' end

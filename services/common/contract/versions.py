@@ -12,7 +12,7 @@ from pydantic import BaseModel, model_validator
 
 from sipo.errors import Conflict
 
-VERSION: Final = 1
+SCHEMA_VERSION: Final = 1
 
 
 class Versioned(BaseModel):
@@ -22,7 +22,7 @@ class Versioned(BaseModel):
     NAMED_BY: ClassVar[str]
     """The field that says which record it is."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = SCHEMA_VERSION
 
     @model_validator(mode="before")
     @classmethod
@@ -33,6 +33,8 @@ class Versioned(BaseModel):
 
     @classmethod
     def refuse_another_version(cls, fields: Mapping[str, Any]) -> None:
-        if (version := fields.get("version", VERSION)) != VERSION:
+        if (version := fields.get("version", SCHEMA_VERSION)) != SCHEMA_VERSION:
             which = f"{cls.__name__} {fields.get(cls.NAMED_BY)}"
-            raise Conflict(f"{which} was written by another release: its version is {version}, this one reads version {VERSION}")
+            raise Conflict(
+                f"{which} was written by another release: its version is {version}, this one reads version {SCHEMA_VERSION}"
+            )

@@ -55,7 +55,7 @@ class ProcessFailed(SipoError):
     code = "process_failed"
 
 
-Progress = Callable[[str, str], None]
+OnProgress = Callable[[str, str], None]
 """Called with a process's name and what happened to it: starting, ready, a crash with the reason, stopped."""
 
 
@@ -86,7 +86,7 @@ class Supervisor:
         specs: Sequence[ProcessSpec],
         data_dir: Path,
         *,
-        on_progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
         ready_timeout: float = 600.0,
         grace: float = 30.0,
         backoff: tuple[float, float] = (0.5, 30.0),

@@ -17,7 +17,7 @@ from sipo.training.run_folder import METRICS
 from sipo.training.settings import ACCELERATE, Failure, Progress, TrainMetrics
 
 LOG = "train.log"
-GRACE = 20.0
+LAUNCHER_GRACE = 20.0
 """Seconds in which what starts several processes may end them, from SIGTERM to SIGKILL."""
 TRIES = 3
 """Times in a row, without a step between, that a run may end early before it is given up."""
@@ -25,7 +25,8 @@ LINE: TypeAdapter[Progress | Failure] = TypeAdapter(Progress | Failure)
 MODULE = ("-m", "sipo.training")
 log = structlog.get_logger(__name__)
 
-Report = Callable[[Progress], Awaitable[None]]
+Tell = Callable[[Progress], Awaitable[None]]
+"""Hears how far a run is."""
 
 
 def launch_command(accelerate: str | None = None, *, gpu_memory: float = 1) -> list[str]:
@@ -44,7 +45,7 @@ def launch_command(accelerate: str | None = None, *, gpu_memory: float = 1) -> l
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *module]
 
 
-async def run_child(run: Path, report: Report, command: Sequence[str] | None = None) -> TrainMetrics:
+async def run_child(run: Path, tell: Tell, command: Sequence[str] | None = None) -> TrainMetrics:
     """Runs `command` (default: one process) on a run.yaml; ends the process if cancelled.
 
     A process that ends early without saying why is started again and goes on from its last checkpoint: it was killed, or one of
@@ -53,7 +54,7 @@ async def run_child(run: Path, report: Report, command: Sequence[str] | None = N
     """
     furthest, tries = -1, 0
     while True:
-        child = _Child(run, report, command or launch_command())
+        child = _Child(run, tell, command or launch_command())
         status = await child.wait()
         if child.failure is not None:
             raise TrainingFailed(child.failure.error)
@@ -69,9 +70,9 @@ async def run_child(run: Path, report: Report, command: Sequence[str] | None = N
 class _Child:
     """One process, until it ends. `step`: the last that it told."""
 
-    def __init__(self, run: Path, report: Report, command: Sequence[str]) -> None:
+    def __init__(self, run: Path, tell: Tell, command: Sequence[str]) -> None:
         self.run = run
-        self.report = report
+        self.tell = tell
         self.command = command
         self.step = -1
         self.failure: Failure | None = None
@@ -89,15 +90,15 @@ class _Child:
         try:
             assert process.stdout is not None
             async for line in process.stdout:
-                said = LINE.validate_json(line)
-                if isinstance(said, Failure):
-                    self.failure = said
+                told = LINE.validate_json(line)
+                if isinstance(told, Failure):
+                    self.failure = told
                     continue
-                if said.note:
-                    log.info("training", run=str(self.run.parent), note=said.note)
-                if said.stage == "training":
-                    self.step = said.step
-                await self.report(said)
+                if told.note:
+                    log.info("training", run=str(self.run.parent), note=told.note)
+                if told.stage == "training":
+                    self.step = told.step
+                await self.tell(told)
             return await process.wait()
         finally:
             if process.returncode is None:
@@ -111,7 +112,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     # torchrun's own children live in sessions of their own: only it can end them, and only if it is asked.
     process.terminate()
     try:
-        await asyncio.wait_for(process.wait(), GRACE)
+        await asyncio.wait_for(process.wait(), LAUNCHER_GRACE)
     except TimeoutError:
         process.kill()
         await process.wait()

@@ -40,7 +40,7 @@ M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 P = ParamSpec("P")
 FollowUp = tuple[str, Message]  # the stream that it goes to, and itself
-Target = tuple[str, int, str]  # stream, its capacity, body
+Outgoing = tuple[str, int, str]  # stream, its capacity, body
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class Delivery(Generic[M]):
         """
         return await self._end([(stream, self.consumer.capacity, message.model_dump_json())], counts)
 
-    async def _end(self, targets: Sequence[Target], counts: Mapping[str, int] | None) -> bool:
+    async def _end(self, targets: Sequence[Outgoing], counts: Mapping[str, int] | None) -> bool:
         return await self.consumer.hand_over(self.entry, self.message, targets, counts or {}) == "done"
 
     async def release(self, reason: str) -> None:
@@ -251,7 +251,7 @@ class Consumer(Generic[M]):
             await delivery.fail(error)
 
     async def hand_over(
-        self, entry: str, message: Message | None, targets: Sequence[Target], counts: Mapping[str, int]
+        self, entry: str, message: Message | None, targets: Sequence[Outgoing], counts: Mapping[str, int]
     ) -> Literal["done", "lost", "dropped"]:
         """HAND_OVER, waiting for room. Raises Unavailable if stopped while waiting."""
         keys = [self.stream, _job_key(message), *(stream for stream, _, _ in targets)]

@@ -26,8 +26,10 @@ from sipo.errors import SipoError, Unavailable
 
 log = structlog.get_logger(__name__)
 
-GRACE = 15.0
+REQUESTS_GRACE = 15.0
 """Seconds that requests in flight have to end after SIGTERM; the supervisor and the compose file allow for more."""
+
+JSONL = "application/jsonl"
 
 REQUEST_SECONDS = Histogram("sipo_http_request_seconds", "From request to the last byte", ["method", "route", "status"])
 
@@ -155,5 +157,5 @@ class Requests:
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM; then ends what runs (at most GRACE seconds) and the lifespan, and returns."""
-    uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=int(GRACE))
+    """Serves until SIGINT or SIGTERM; then ends what runs (at most REQUESTS_GRACE seconds) and the lifespan, and returns."""
+    uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=int(REQUESTS_GRACE))

@@ -17,7 +17,7 @@ from sipo.errors import SipoError
 from sipo.http_errors import asking, service_error
 from sipo.preferences import SamplingMode, Weights
 
-TIMEOUT = httpx.Timeout(600, connect=5)  # seconds; an answer on a loaded CPU takes minutes
+SERVICE_TIMEOUT = httpx.Timeout(600, connect=5)  # seconds; an answer on a loaded CPU takes minutes
 
 JOB_PRIORITY = 2  # of what a job asks for; interactive requests have 0
 
@@ -37,7 +37,9 @@ class ServiceClient:
 
     name: str
 
-    def __init__(self, url: str, *, timeout: httpx.Timeout = TIMEOUT, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self, url: str, *, timeout: httpx.Timeout = SERVICE_TIMEOUT, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         self.url = url
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)  # the service queues, not the client
         if transport is None:

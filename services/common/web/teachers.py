@@ -6,11 +6,11 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from services.common.settings import Teacher
-from services.common.web.clients import TIMEOUT, ChatMessages
+from services.common.web.clients import SERVICE_TIMEOUT, ChatMessages
 from sipo.errors import SipoError
 from sipo.http_errors import asking, endpoint_error, openai_error, quoted
 
-AWAY = frozenset([408, 429, *range(500, 600)])
+TEACHER_AWAY = frozenset([408, 429, *range(500, 600)])
 """Statuses of an endpoint that is full or broken: of another's server, what the number after the 5 means is anybody's guess."""
 
 
@@ -39,7 +39,7 @@ class TeacherClient:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else None
         # Not through replica_client: the way to another's endpoint may be a proxy, which httpx finds in the environment.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-        self._http = httpx.AsyncClient(base_url=str(teacher.url), headers=headers, timeout=TIMEOUT, limits=limits)
+        self._http = httpx.AsyncClient(base_url=str(teacher.url), headers=headers, timeout=SERVICE_TIMEOUT, limits=limits)
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -62,7 +62,7 @@ class TeacherClient:
         if _filtered(reply):
             return "", "content_filter"
         if not reply.is_success:
-            raise endpoint_error(reply, self.name, away=AWAY, secret=self._key)
+            raise endpoint_error(reply, self.name, away=TEACHER_AWAY, secret=self._key)
         try:
             choice = _ChatCompletion.model_validate_json(reply.content).choices[0]
         except ValidationError as error:

@@ -10,7 +10,7 @@ import torch
 
 from sipo.decoding.vllm.batch import RANKS, SLOTS
 from sipo.decoding.vllm.kernels import OP_PRIORITY
-from sipo.decoding.vllm.model import PREFIX
+from sipo.decoding.vllm.model import ARCHITECTURE_PREFIX
 from sipo.errors import InvalidRequest
 from sipo.precision import torch_dtype
 
@@ -42,12 +42,12 @@ def engine_arguments(
     gpu = torch.cuda.is_available()
     compiled = gpu if compiled is None else compiled
     config = json.loads((model / "config.json").read_text())
-    architecture = PREFIX + config["architectures"][0]
-    supported = [name for name in ModelRegistry.get_supported_archs() if name.startswith(PREFIX)]
+    architecture = ARCHITECTURE_PREFIX + config["architectures"][0]
+    supported = [name for name in ModelRegistry.get_supported_archs() if name.startswith(ARCHITECTURE_PREFIX)]
     if not supported:
         raise RuntimeError("vLLM does not find the plugin sipo: install this project again (pip install -e .)")
     if architecture not in supported:
-        known = ", ".join(sorted(name.removeprefix(PREFIX) for name in supported))
+        known = ", ".join(sorted(name.removeprefix(ARCHITECTURE_PREFIX) for name in supported))
         raise InvalidRequest(f"{model} is a {config['architectures'][0]}: the decoder mixes {known}", param="model")
     return {
         "model": str(model),

@@ -24,7 +24,7 @@ from sipo.decoding.vllm.batch import batch_of
 from sipo.decoding.vllm.deltas import FUSED, DeltaMethod, fixed_residents, resident_set
 from sipo.lora import LoraAdapter
 
-PREFIX = "Sipo"
+ARCHITECTURE_PREFIX = "Sipo"
 """Our class for the architecture "LlamaForCausalLM" is registered as "SipoLlamaForCausalLM"."""
 
 
@@ -137,9 +137,9 @@ def _query_start() -> Tensor | None:
 
 
 def mixing_architecture(base: type[nn.Module]) -> type[nn.Module]:
-    return type(PREFIX + base.__name__, (MixingModel, base), {})
+    return type(ARCHITECTURE_PREFIX + base.__name__, (MixingModel, base), {})
 
 
 def register_architectures() -> None:
     for base in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
-        ModelRegistry.register_model(PREFIX + base.__name__, mixing_architecture(base))
+        ModelRegistry.register_model(ARCHITECTURE_PREFIX + base.__name__, mixing_architecture(base))
