@@ -31,6 +31,7 @@ from sipo.prompts import PromptFormat
 from sipo.training.presets import PRESETS, read_preset
 from sipo.training.run_folder import read_run
 from sipo.training.settings import Progress, TrainMetrics, TrainRun
+from support import PATIENCE
 from tests.fakes import write_policy_set
 from tests.policies import publish_random
 from tests.trainer import stand_in
@@ -403,7 +404,7 @@ def test_a_killed_command_goes_on_where_it_was_and_what_it_trains_can_be_publish
     args = ["train", str(labelled), "--out", str(out), "--settings", str(quick), "--publish", "mine"]
     command = [sys.executable, "-c", "from gateway.cli import app; app()", *args]
     killed = subprocess.Popen(command, env=os.environ | environment(data_dir, tiny_base, tmp_path), stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while not [*(out / "warm").glob("checkpoints/checkpoint-*/whole")]:
         assert killed.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)

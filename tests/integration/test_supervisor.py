@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from services.common.local import supervisor
 from services.common.local.processes import free_ports
 from services.common.local.stack import stack_specs
 from services.common.local.supervisor import ProcessFailed, ProcessSpec, Supervisor
@@ -144,6 +145,16 @@ async def test_one_that_never_gets_ready_ends_all_with_the_end_of_its_log(data_d
         async with Supervisor([python("fine", NOTES, notes, "fine"), broken], data_dir, backoff=(0.05, 1)):
             pytest.fail("it was never ready")
     assert (data_dir / "logs" / "broken.log").read_text().count("RuntimeError") == 3
+
+
+async def test_a_bug_in_watching_one_ends_all_instead_of_waiting_for_ever(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answers(url: str | None, *, ready: bool) -> bool:
+        raise ValueError(f"no such address: {url}")
+
+    monkeypatch.setattr(supervisor, "_answers", answers)
+    with pytest.raises(ProcessFailed, match=r"watched cannot run: no such address: nowhere"):
+        async with Supervisor([python("watched", "input()", ready_url="nowhere")], data_dir):
+            pytest.fail("it was never ready")
 
 
 async def test_bad_settings_are_not_tried_twice(data_dir: Path) -> None:

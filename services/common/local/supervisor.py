@@ -193,7 +193,9 @@ class Supervisor:
                 pause = min(shortest * 2 ** (crashes - 1), longest)
                 self._tell(child.spec.name, f"{why}\nstarting again in {pause:.1f} s")
                 await _first(asyncio.sleep(pause), self._stopping.wait())
-        except OSError as error:  # no such program, no room for its log
+        except (
+            Exception
+        ) as error:  # no such program, no room for its log; or a bug of ours, which must not leave all others waiting
             self._give_up(child, f"cannot run: {error}")
         finally:
             child.ended.set()
