@@ -172,6 +172,7 @@ class Supervisor:
         crashes = 0
         clock = asyncio.get_running_loop().time
         shortest, longest = self.backoff
+        process: asyncio.subprocess.Process | None = None
         try:
             await _first(
                 asyncio.gather(*(self._children[name].was_ready.wait() for name in child.spec.after)), self._stopping.wait()
@@ -193,9 +194,9 @@ class Supervisor:
                 pause = min(shortest * 2 ** (crashes - 1), longest)
                 self._tell(child.spec.name, f"{why}\nstarting again in {pause:.1f} s")
                 await _first(asyncio.sleep(pause), self._stopping.wait())
-        except (
-            Exception
-        ) as error:  # no such program, no room for its log; or a bug of ours, which must not leave all others waiting
+        except Exception as error:  # no such program, no room for its log; or a bug of ours, for whose end nobody should wait
+            if process is not None:
+                _kill(process)
             self._give_up(child, f"cannot run: {error}")
         finally:
             child.ended.set()
