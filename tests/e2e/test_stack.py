@@ -37,6 +37,7 @@ class Stack:
         self.data_dir = data_dir
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused")
         self.process = process
 
     def pid(self, module: str) -> int | None:
@@ -77,8 +78,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     env = os.environ | {"SIPO_DATA_DIR": str(data_dir)}
     (port,) = free_ports(1)
     process = subprocess.Popen([Path(sys.executable).with_name("sipo"), "up", "--port", str(port)], env=env)
+    stack = Stack(data_dir, port, process)
     try:
-        stack = Stack(data_dir, port, process)
         deadline = time.monotonic() + START
         while process.poll() is None and time.monotonic() < deadline:
             try:
@@ -91,6 +92,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             pytest.fail("the system did not start")
         yield stack
     finally:
+        stack.http.close()
+        stack.openai.close()
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 0
         assert not [child for child in psutil.process_iter(["environ"]) if _ours(child, data_dir)], "a process was left behind"
@@ -136,7 +139,7 @@ def test_kill_9_in_every_stage_loses_no_prompt_and_doubles_no_pair(stack: Stack)
 
 def test_openais_client_gets_an_answer_at_each_weight_from_the_current_set(stack: Stack) -> None:
     current = PolicyStore(stack.data_dir / "policies").get("demo")
-    client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="unused")
+    client = stack.openai
     answers = {}
     for concise in (0.0, 0.3, 1.0):
         weights = {"concise": concise, "warm": 1 - concise}
@@ -156,7 +159,7 @@ def test_openais_client_gets_an_answer_at_each_weight_from_the_current_set(stack
 
 
 def test_a_stream_says_the_same_as_the_whole_answer(stack: Stack) -> None:
-    client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="unused")
+    client = stack.openai
     request: dict[str, Any] = {
         "model": "demo@concise=0.5,warm=0.5",
         "messages": [{"role": "user", "content": "Name three fruits."}],

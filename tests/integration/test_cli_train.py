@@ -403,7 +403,7 @@ def test_a_killed_command_goes_on_where_it_was_and_what_it_trains_can_be_publish
     quick = settings_file(tmp_path / "long.yaml", epochs=12, checkpoint_steps=1, learning_rate=1e-3)
     args = ["train", str(labelled), "--out", str(out), "--settings", str(quick), "--publish", "mine"]
     command = [sys.executable, "-c", "from gateway.cli import app; app()", *args]
-    killed = subprocess.Popen(command, env=os.environ | environment(data_dir, tiny_base, tmp_path), stdout=subprocess.PIPE)
+    killed = subprocess.Popen(command, env=os.environ | environment(data_dir, tiny_base, tmp_path), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + PATIENCE
     while not [*(out / "warm").glob("checkpoints/checkpoint-*/whole")]:
         assert killed.poll() is None and time.monotonic() < deadline
@@ -411,7 +411,7 @@ def test_a_killed_command_goes_on_where_it_was_and_what_it_trains_can_be_publish
     [child] = psutil.Process(killed.pid).children()
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    psutil.wait_procs([child], timeout=30)
+    psutil.wait_procs([child], timeout=PATIENCE)
     assert not (out / "warm" / "metrics.json").exists()
     before = everything(out / "concise")
 
