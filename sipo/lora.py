@@ -10,23 +10,21 @@ which is a single policy for c one-hot, an exact soup for c = w (the weighted su
 
 from __future__ import annotations
 
-import json
-import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from sipo.adapters import WEIGHTS, AdapterConfig, read_config, read_key, read_tensors
 from sipo.errors import IncompatiblePolicy
 
 ADAPTABLE_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers that an adapter may change, by the last part of their name."""
-
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -51,33 +49,71 @@ class StackedLora:
 
 
 def load_adapter(folder: Path) -> LoraAdapter:
-    """Reads a PEFT LoRA adapter. Raises IncompatiblePolicy, saying why, for anything that is not a plain LoRA on
+    """Reads a PEFT LoRA adapter. Raises IncompatiblePolicy, saying why and what to do, for anything that is not a plain LoRA on
     ADAPTABLE_MODULES."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
-        raise IncompatiblePolicy(f"{folder} is no PEFT adapter: {error}") from error
-    if config.get("peft_type") != "LORA":
-        raise IncompatiblePolicy(f"{folder} is a {config.get('peft_type')} adapter: only LORA can be mixed")
-    for option in ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication", "alora_invocation_tokens"):
-        if config.get(option):
-            raise IncompatiblePolicy(f"{folder} sets {option}: only a plain LoRA can be mixed; train it again without")
-    if config.get("bias", "none") != "none":
-        raise IncompatiblePolicy(f"{folder} trains biases (bias={config['bias']!r}): train it again with bias='none'")
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise IncompatiblePolicy(f"{folder} sets rank_pattern or alpha_pattern: one rank and one alpha per adapter, please")
-
-    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    modules: dict[str, tuple[Tensor, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if not match or match["module"].rpartition(".")[2] not in ADAPTABLE_MODULES:
+    config = read_config(folder)
+    halves: dict[str, dict[str, Tensor]] = {}
+    names: dict[str, tuple[str, ...]] = {}
+    for key, tensor in read_tensors(folder).items():
+        found = read_key(folder, key)
+        if not found or found.module.rpartition(".")[2] not in ADAPTABLE_MODULES:
             raise IncompatiblePolicy(f"{folder} changes {key}: only {', '.join(ADAPTABLE_MODULES)} can be changed")
-        if match["half"] == "A":
-            b = tensors[key.replace("lora_A", "lora_B")]
-            modules[match["module"]] = (tensor.float(), b.float() * scaling)
-    return LoraAdapter(modules)
+        pair = halves.setdefault(found.module, {})
+        if found.half in pair:
+            raise IncompatiblePolicy(
+                f"{folder} has lora_{found.half} of {found.module} twice: save the adapter again, without copies"
+            )
+        pair[found.half] = tensor.float()
+        names[found.module] = found.names
+    return LoraAdapter({module: _scaled(folder, config, module, pair, names[module]) for module, pair in halves.items()})
+
+
+def _scaled(
+    folder: Path, config: AdapterConfig, module: str, pair: dict[str, Tensor], names: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """A and the scaled B of one module. Raises IncompatiblePolicy unless both are there, fit together and are finite."""
+    for half in "AB":
+        if half not in pair:
+            raise IncompatiblePolicy(f"{folder} holds no lora_{half} of {module}: save the adapter again, or download it again")
+        if not pair[half].isfinite().all():
+            raise IncompatiblePolicy(
+                f"{folder} has values that are not finite in lora_{half} of {module}: its training overflowed; train it again, "
+                "with bfloat16 or a lower learning rate"
+            )
+    a, b = pair["A"], pair["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise IncompatiblePolicy(
+            f"{folder} has lora_A of shape {list(a.shape)} and lora_B of shape {list(b.shape)} for {module}, which do not fit "
+            "together: save the adapter again"
+        )
+    rank = a.shape[0]
+    # PEFT refuses such an adapter too; which of the two ranks its scaling had, nobody can tell.
+    if config.rank_of(names) != rank:
+        raise IncompatiblePolicy(
+            f"{folder} has weights of rank {rank} for {module} where its adapter_config.json (r, rank_pattern) says "
+            f"{config.rank_of(names):g}: the two files are not of one adapter; save it again"
+        )
+    return a, b * config.scaling_of(names, rank)
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    """The weights of an adapter that load_adapter takes, with each tensor under the name that PEFT itself looks for: it passes over
+    those under a name that some tool has wrapped. Raises IncompatiblePolicy where the patterns would mean something else then."""
+    config, tensors = read_config(source), read_tensors(source)
+    plain: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        found = read_key(source, key)
+        assert found is not None, "load_adapter has taken it"
+        plain[f"base_model.model.{found.module}.lora_{found.half}.weight"] = tensor
+        if config.scaling_of(found.names, 1) != config.scaling_of((found.module,), 1):
+            raise IncompatiblePolicy(
+                f"{source} has an alpha_pattern for {found.names[0]}, which is {found.module} in the base: write the base's name "
+                "there"
+            )
+    if plain.keys() == tensors.keys():
+        shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+    else:
+        save_file(plain, target / WEIGHTS, metadata={"format": "pt"})
 
 
 def check_base(adapter: LoraAdapter, base: Path) -> None:

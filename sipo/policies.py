@@ -37,7 +37,8 @@ ASIDE = ".new-"
 ABANDONED = 3600.0
 """Seconds after which a set that is still aside is nobody's."""
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_CONFIG = "adapter_config.json"
+_ADAPTER_FILES = (_CONFIG, "adapter_model.safetensors")
 _FOR_PEOPLE = ("README.md", "loss.png")
 """A model card and a loss curve, where there are any."""
 
@@ -262,13 +263,17 @@ def _made_by(manifest: Manifest) -> MadeBy:
 
 
 def _copy_adapter(source: Path, target: Path, base: Path) -> AdapterRef:
-    from sipo.lora import check_base, load_adapter  # torch takes seconds to import, and readers of manifests do without
+    from sipo.lora import (  # torch takes seconds to import, and readers of manifests do without
+        check_base,
+        copy_weights,
+        load_adapter,
+    )
 
     adapter = load_adapter(source)
     check_base(adapter, base)
     target.mkdir()
-    for name in _ADAPTER_FILES:
-        shutil.copyfile(source / name, target / name)
+    shutil.copyfile(source / _CONFIG, target / _CONFIG)
+    copy_weights(source, target)
     for name in _FOR_PEOPLE:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

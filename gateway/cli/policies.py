@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from gateway.cli.console import console
+from gateway.cli.console import complaints, console
 from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
-from sipo.models import Base
+from sipo.models import BUNDLED_MODEL, Base
 from sipo.policies import Draft, PolicyStore
 from sipo.preferences import format_weights, normalize_weights, parse_weights
 from sipo.prompts import PromptFormat
+
+_BUNDLED_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 app = typer.Typer(no_args_is_help=True, help="List, inspect, activate, import and merge policy sets (in SIPO_DATA_DIR).")
 
@@ -88,9 +92,11 @@ def import_adapters(
         objective, equals, folder = argument.partition("=")
         if not (objective and equals and folder):
             raise InvalidRequest(f"cannot read {argument!r}: write helpful=DIR harmless=DIR")
-        if not Path(folder).is_dir():
+        # Few shells expand the ~ after an equals sign.
+        path = _expanded(folder)
+        if not path.is_dir():
             raise InvalidRequest(f"{folder} is no folder")
-        folders[objective] = Path(folder)
+        folders[objective] = path
     settings = load(CommonSettings)
     base = Base.open(model or settings.model, settings.cache_dir)
     draft = Draft(
@@ -101,6 +107,13 @@ def import_adapters(
         beta=beta,
     )
     published = _store().publish(draft, folders, base.folder, activate=activate)
+    for objective, path in folders.items():
+        if named := _another_base(path, base):
+            complaints.print(
+                f"note: {objective} ({path}) names the base {named}, and was imported for {base.ref.name}: if that is "
+                "another model of the same shape, its rewards are wrong",
+                markup=False,
+            )
     hint = "it is current" if activate else f"make it current with `sipo policies activate {published.id}`"
     console.print(f"published {published.id}; {hint}")
 
@@ -139,3 +152,29 @@ def soup(
 
 def _store() -> PolicyStore:
     return load(CommonSettings).policies
+
+
+def _expanded(folder: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:  # ~somebody who is not on this machine
+        return Path(folder)
+
+
+def _another_base(folder: Path, base: Base) -> str | None:
+    """The base that a PEFT adapter names, if that is none of this one's names.
+
+    Folders and hub accounts differ from place to place, so only the last parts are compared; in their case, which alone tells the
+    bundled model's name from that of its pretrained sibling.
+    """
+    named = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    known = [base.ref.name, str(base.folder), *([_BUNDLED_ON_THE_HUB] if base.ref.name == BUNDLED_MODEL else [])]
+    if not isinstance(named, str) or not named or _last_part(named) in map(_last_part, known):
+        return None
+    return named
+
+
+def _last_part(name: str) -> str:
+    """Of a folder or a hub name; of a folder in the hub's cache, the model's."""
+    cached = re.search(r"models--(?:[^/]+--)?([^/]+)/snapshots/", name)
+    return cached[1] if cached else Path(name).name

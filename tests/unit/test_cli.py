@@ -80,24 +80,69 @@ def test_mistakes_get_one_sentence_and_exit_2(data_dir: Path, args: list[str], w
     assert result.stderr.count("\n") == 1
 
 
-def test_peft_adapters_are_imported_as_a_policy_set(data_dir: Path, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def trained(tiny_base: Path, tmp_path: Path) -> Path:
+    """A folder with the adapters helpful and harmless."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     for name in ("helpful", "harmless"):
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), LoraConfig(r=2, target_modules=["q_proj"]))
         model.save_pretrained(tmp_path / name)
-    adapters = [f"{name}={tmp_path / name}" for name in ("helpful", "harmless")]
+    return tmp_path
+
+
+def test_peft_adapters_are_imported_as_a_policy_set(data_dir: Path, tiny_base: Path, trained: Path) -> None:
+    adapters = [f"{name}={trained / name}" for name in ("helpful", "harmless")]
     result = sipo(data_dir, "policies", "import", *adapters, "--name", "mine", "--model", str(tiny_base), "--activate")
     assert result.exit_code == 0, result.output
+    assert result.stderr == ""
     published = PolicyStore(data_dir / "policies").get("mine")
     assert (published.id, published.objectives) == ("mine:1", ["helpful", "harmless"])
     assert published.manifest.prompt_format.kind == "chat"
 
-    (tmp_path / "harmless" / "adapter_model.safetensors").unlink()
+    (trained / "harmless" / "adapter_model.safetensors").unlink()
     broken = sipo(data_dir, "policies", "import", *adapters, "--name", "mine", "--model", str(tiny_base))
     assert broken.exit_code == 2, broken.output
     assert [known.id for known in PolicyStore(data_dir / "policies").sets()] == ["mine:1"]
+
+
+def test_a_home_folder_after_the_equals_sign_is_found(
+    data_dir: Path, tiny_base: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(trained))
+    adapters = ["helpful=~/helpful", "harmless=~/harmless"]
+    result = sipo(data_dir, "policies", "import", *adapters, "--name", "mine", "--model", str(tiny_base))
+    assert result.exit_code == 0, result.output
+    nobody = sipo(data_dir, "policies", "import", "helpful=~nobody-here/out", "--name", "mine", "--model", str(tiny_base))
+    assert (nobody.exit_code, nobody.stderr) == (2, "error: ~nobody-here/out is no folder\n")
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("someone/Another-1B", True),
+        ("/elsewhere/another", True),
+        ("someone/{upper}", True),
+        ("someone/{base}", False),
+        ("/elsewhere/{base}/", False),
+        ("/home/me/.cache/huggingface/hub/models--someone--{base}/snapshots/0123abcd", False),
+        (None, False),
+    ],
+)
+def test_an_adapter_that_names_another_base_is_imported_with_a_notice(
+    data_dir: Path, tiny_base: Path, trained: Path, named: str | None, told: bool
+) -> None:
+    config = trained / "helpful" / "adapter_config.json"
+    base_name = named and named.format(base=tiny_base.name, upper=tiny_base.name.upper())
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base_name}))
+    adapters = [f"{name}={trained / name}" for name in ("helpful", "harmless")]
+    result = sipo(data_dir, "policies", "import", *adapters, "--name", "mine", "--model", str(tiny_base))
+    assert result.exit_code == 0, result.output
+    assert "published mine:1" in result.stdout
+    assert result.stderr.count("\n") == int(told)
+    if told:
+        assert result.stderr.startswith("note: helpful") and str(base_name) in result.stderr and str(tiny_base) in result.stderr
 
 
 @pytest.fixture
