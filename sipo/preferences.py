@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from sipo.conversation import Prompt
 from sipo.errors import InvalidRequest, InvalidWeights
 
 Weights = dict[str, float]
@@ -43,7 +44,7 @@ class Example(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    prompt: Annotated[str, StringConstraints(min_length=1)]
+    prompt: Prompt
     response_0: str
     response_1: str
     labels: dict[ObjectiveName, Literal[0, 1]] = Field(min_length=1)
