@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.decode import CACHE, Process, median_ratio
 from bench.report import Figure, report
-from services.common.local.stack import KEEP_MEMORY, SHARE_CORES
+from services.common.local.stack import KEEP_MEMORY
 from sipo.datasets.bundled import bundled_eval_prompts
 from sipo.models import BUNDLED_MODEL, BaseModelRef, model_sha256, resolve_model
 from sipo.policies import Draft, PolicyStore
@@ -289,7 +289,7 @@ def compare(base: Path, store: PolicyStore, groups: Sequence[Group]) -> list[Fig
 
 
 def main() -> None:
-    os.environ |= KEEP_MEMORY | SHARE_CORES  # read when a process starts: of use to the contestants, not here
+    os.environ |= KEEP_MEMORY  # read when a process starts: of use to the contestants, not here
     base = resolve_model(BUNDLED_MODEL, CACHE)
     groups = make_groups(base)
     with tempfile.TemporaryDirectory() as folder:

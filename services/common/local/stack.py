@@ -19,9 +19,6 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": s
 training step)."""
 ENGINE_THREADS = str(max(1, (os.cpu_count() or 1) - 1))
 """Of the decoder on a CPU, which it shares with everything else here."""
-SHARE_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""For the scorer, which works beside the engine: its threads sleep while they wait for one another (a third of its CPU time)."""
-
 NO_KEYS = {"SIPO_TEACHERS": ""}
 """For processes that ask no teacher: an empty variable counts as none."""
 
@@ -70,7 +67,7 @@ def stack_specs(settings: CommonSettings, *, gateway_port: int = 8000) -> list[P
         # What takes long to load starts at once; what is quick waits, so that it stops before what it works with.
         service("decoder", "services.decoder", after=(), SIPO_DECODER_THREADS=threads),
         service("reviewer", "services.reviewer", after=()),
-        service("scorer", "services.scorer", after=needs_queue, **KEEP_MEMORY, **SHARE_CORES),
+        service("scorer", "services.scorer", after=needs_queue, **KEEP_MEMORY),
         service("trainer", "services.trainer", after=before_trainer, **KEEP_MEMORY),
         service("worker", "gateway.worker", after=(*needs_queue, "decoder", "reviewer")),
         service("gateway", "gateway", after=(*needs_queue, "decoder")),
