@@ -1,4 +1,4 @@
-"""Files that are whole or not there, after a crash too."""
+"""Files by the names that people give them, and files that are whole or not there, after a crash too."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import tempfile
 from pathlib import Path
 
 
+def expanded(path: str | Path) -> Path:
+    """With ~ as the home folder; as it is where there is none, or nobody of that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old file or the whole new one, after a power cut too."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Preference data: read from files, uploads and the hub in our schema and two public ones, and its conflicts counted.
+"""Preference data: read from files, uploads and the hub, in our schema and the public ones, and its conflicts counted.
 
 It knows nothing of jobs or models. Everything is read and checked before anything is handed on: a data set is right as a whole, or
 InvalidData names its first wrong line.
@@ -6,18 +6,22 @@ InvalidData names its first wrong line.
 
 from sipo.datasets.bundled import bundled_eval_prompts, bundled_examples
 from sipo.datasets.conflicts import ConflictReport, PairConflict, conflict_report, subset
-from sipo.datasets.formats import Reading
-from sipo.datasets.readers import read_examples, read_lines, read_source
+from sipo.datasets.dataset import Answers, Dataset, Pair, answers_of, joined
+from sipo.datasets.reading import read, read_rows, read_upload
 
 __all__ = [
+    "Answers",
     "ConflictReport",
+    "Dataset",
+    "Pair",
     "PairConflict",
-    "Reading",
+    "answers_of",
     "bundled_eval_prompts",
     "bundled_examples",
     "conflict_report",
-    "read_examples",
-    "read_lines",
-    "read_source",
+    "joined",
+    "read",
+    "read_rows",
+    "read_upload",
     "subset",
 ]

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from sipo.datasets import PairConflict, conflict_report, read_examples, subset
+from sipo.datasets import PairConflict, conflict_report, read, subset
 from sipo.errors import InvalidRequest
 from sipo.preferences import Example
 
@@ -90,7 +90,7 @@ PUBLISHED = [
 def test_real_data_gives_the_published_conflict_ratios(
     name: str, rows: int, percent: float, pairs: dict[tuple[str, str], float]
 ) -> None:
-    report = conflict_report(read_examples(Path(os.environ["SIPO_TEST_DATA"]) / name))
+    report = conflict_report(read(Path(os.environ["SIPO_TEST_DATA"]) / name, held_out=True).labelled())
     assert report.rows == rows
     assert round(100 * report.ratio, 1) == percent
     found = {frozenset((pair.first, pair.second)): round(100 * pair.ratio, 1) for pair in report.pairs}
