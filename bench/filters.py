@@ -23,6 +23,7 @@ from gateway.cli.demo.input import HELD_OUT_SPLITS, bundled_input
 from gateway.settings import GatewaySettings
 from services.common.contract.messages import PromptDecided, ScoredCandidate
 from services.trainer.decisions import DecisionLog
+from sipo.conversation import as_text
 from sipo.datasets import bundled_examples
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.models import BUNDLED_MODEL, resolve_model
@@ -62,7 +63,7 @@ def rewards(example: Example, text: str, implicit: Mapping[str, float], tokens: 
     found = {name: value for name, value in implicit.items() if by.soups or name in example.labels} if by.implicit else {}
     if by.length_normalized:
         found = {name: value / tokens for name, value in found.items()}
-    return found | {f"true {name}": REWARDS[name](example.prompt, text) for name in by.reward_models}
+    return found | {f"true {name}": REWARDS[name](as_text(example.prompt), text) for name in by.reward_models}
 
 
 def outcome(decisions: Sequence[PromptDecided], by: Filter, tokens: Tokens) -> Outcome:
@@ -101,7 +102,7 @@ def _scored(one: ScoredCandidate) -> Mapping[str, float]:
 
 def truly_better(example: Example, text: str, objective: str | None) -> bool:
     def better(name: str, original: str) -> bool:
-        return REWARDS[name](example.prompt, text) > REWARDS[name](example.prompt, original)
+        return REWARDS[name](as_text(example.prompt), text) > REWARDS[name](as_text(example.prompt), original)
 
     if objective is not None:
         return better(objective, example.chosen_rejected(objective)[0])

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sipo.conversation import Message, as_messages, as_text
 from sipo.errors import IncompatiblePolicy, InvalidRequest
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ ChatMessage = dict[str, str]
 
 
 class PromptFormat(BaseModel):
-    """`chat`: the tokenizer's chat template with an optional system text. `raw`: `template` with "{prompt}" in it.
+    """`chat`: the tokenizer's chat template, or the policies' own, with an optional system text. `raw`: `template` with "{prompt}"
+    in it, which a conversation fills as one text.
 
     A response ends with the tokenizer's end-of-sequence token: in a chat format, that is what the template puts after a turn.
     """
@@ -28,31 +30,38 @@ class PromptFormat(BaseModel):
     system: str | None = None
     template: str | None = None
     chat_template_sha256: str | None = None
+    chat_template: str | None = Field(default=None, exclude_if=lambda template: template is None)
+    """The policies' own, if it is not the tokenizer's: left out of manifests otherwise, as before there was any."""
 
     @model_validator(mode="after")
     def _check(self) -> PromptFormat:
         if self.kind == "raw" and "{prompt}" not in (self.template or ""):
             raise ValueError("a raw prompt format needs a template with {prompt} in it")
+        if self.kind == "raw" and self.chat_template is not None:
+            raise ValueError("a raw prompt format has no chat template")
         return self
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> PromptFormat:
-        """The natural format of a model: its chat template if it has one, otherwise the bare prompt and a newline."""
-        template = tokenizer.chat_template
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, chat_template: str | None = None) -> PromptFormat:
+        """The natural format of a model: its chat template if it has one, otherwise the bare prompt and a newline; or one with a
+        `chat_template` of its own."""
+        template = tokenizer.chat_template if chat_template is None else chat_template
         if template is None:
             return cls(kind="raw", template="{prompt}\n")
-        return cls(kind="chat", system=system, chat_template_sha256=_sha256(template))
+        return cls(kind="chat", system=system, chat_template_sha256=_sha256(template), chat_template=chat_template)
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises IncompatiblePolicy if this tokenizer would render prompts in another way than the policies were trained on."""
+        if self.chat_template is not None:
+            return
         template = tokenizer.chat_template
         if self.kind == "chat" and (template is None or _sha256(template) != self.chat_template_sha256):
             raise IncompatiblePolicy("the policies were trained with another chat template than this model's tokenizer has")
 
-    def messages(self, prompt: str) -> list[ChatMessage]:
+    def messages(self, prompt: str | Sequence[Message]) -> list[ChatMessage]:
         """The conversation that a chat server is asked with; `kind` must be chat."""
         assert self.kind == "chat"
-        return self.with_system([{"role": "user", "content": prompt}])
+        return self.with_system(as_messages(prompt))
 
     def with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """A caller's conversation as the policies know conversations: with their system text, unless it has one of its own."""
@@ -60,21 +69,31 @@ class PromptFormat(BaseModel):
             return messages
         return [{"role": "system", "content": self.system}, *messages]
 
-    def request(self, prompt: str) -> list[ChatMessage] | str:
+    def request(self, prompt: str | Sequence[Message]) -> list[ChatMessage] | str:
         """What an OpenAI server is asked with: chat messages, or one text for its completions route."""
         return self.messages(prompt) if self.kind == "chat" else self._raw(prompt)
 
-    def _raw(self, prompt: str) -> str:
+    def _raw(self, prompt: str | Sequence[Message]) -> str:
         assert self.template is not None
-        return self.template.replace("{prompt}", prompt)
+        return self.template.replace("{prompt}", as_text(prompt))
 
-    def text(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Everything before the response's first token, as text."""
+    def text(self, prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+        """Everything before the response's first token, as text. Raises InvalidRequest for a conversation that the chat template
+        refuses: many want user and assistant in turn, some know no system text."""
+        from jinja2 import TemplateError
+
         if self.kind == "raw":
             return self._raw(prompt)
-        return str(tokenizer.apply_chat_template(self.messages(prompt), tokenize=False, add_generation_prompt=True))
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    self.messages(prompt), chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except TemplateError as error:
+            raise InvalidRequest(f"the model's chat template refuses the conversation: {error}", param="prompt") from error
 
-    def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Everything before the response's first token. A chat template writes its special tokens itself; a raw text gets the
         tokenizer's own (a BOS where the model has one)."""
         ids: list[int] = tokenizer(self.text(prompt, tokenizer), add_special_tokens=self.kind == "raw")["input_ids"]

@@ -9,10 +9,11 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sipo.conversation import Prompt, as_messages
 from sipo.preferences import Example, ObjectiveName
 
 RejectionRule = Literal[
@@ -121,9 +122,17 @@ class Selection:
 class Pair:
     """A training pair of D^c, in TRL's column names."""
 
-    prompt: str
+    prompt: Prompt
     chosen: str
     rejected: str
+
+    def columns(self, *, conversational: bool) -> dict[str, Any]:
+        """As TRL reads them: texts, or lists of messages, which alone can be a conversation. A data set is all of one kind."""
+        if not conversational:
+            return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+        answers = {"chosen": self.chosen, "rejected": self.rejected}
+        answered = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+        return {"prompt": as_messages(self.prompt), **answered}
 
 
 Scored = Mapping[str, float] | Rejection

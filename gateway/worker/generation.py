@@ -15,6 +15,7 @@ from services.common.contract.keys import DECISIONS
 from services.common.contract.messages import Candidate, PromptDecided, PromptQueued, PromptSampled, SamplingPlan
 from services.common.web.clients import JOB_PRIORITY, Completion, DecoderClient, ReviewerClient
 from services.common.web.teachers import TeacherClient
+from sipo.conversation import Prompt, as_messages
 from sipo.errors import NotFound
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights
@@ -51,7 +52,7 @@ class Generator:
         if teacher not in self.teachers:
             raise NotFound(f"this worker has no teacher {teacher!r}: set SIPO_TEACHERS and start it again")
         text, finish_reason = await self.teachers[teacher].answer(
-            policies.manifest.prompt_format.with_system([{"role": "user", "content": queued.example.prompt}]),
+            policies.manifest.prompt_format.with_system(as_messages(queued.example.prompt)),
             max_tokens=queued.plan.max_tokens,
             temperature=queued.plan.temperature,
             seed=seed_of(queued, f"{teacher}/{k}", "distilled"),
@@ -116,7 +117,7 @@ class Chain:
         return self.queued.plan
 
     @property
-    def prompt(self) -> str:
+    def prompt(self) -> Prompt:
         return self.queued.example.prompt
 
     def _common(self, stage: str) -> dict[str, Any]:

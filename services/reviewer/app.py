@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from services.common.web import app as common
 from services.common.web.clients import JOB_PRIORITY, Completion, DecoderClient
 from services.reviewer.settings import ReviewerSettings
+from sipo.conversation import Prompt
 from sipo.models import resolve_model
 from sipo.policies import PolicySet
 from sipo.preferences import ObjectiveName, SamplingMode, Weights, normalize_weights
@@ -31,7 +32,7 @@ class ReviewRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1, description="x")
+    prompt: Prompt = Field(description="x, a text or a conversation")
     response: str = Field(description="y^s")
     objectives: list[ObjectiveName] = Field(min_length=2, description="what to improve; chooses the template set")
     weights: Weights = Field(description="joins the policies: w_e for a review, w_m for a rewrite")

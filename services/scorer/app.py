@@ -21,6 +21,7 @@ from services.common.queue import Consumer, Delivery, consuming, each, unanswere
 from services.common.web import app as common
 from services.scorer.scoring import Asked, Given, Scorer, as_failed
 from services.scorer.settings import ScorerSettings
+from sipo.conversation import Prompt
 from sipo.errors import SipoError
 from sipo.preferences import Weights, format_weights
 from sipo.selection import Rewards
@@ -48,7 +49,7 @@ class RewardsRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     policy_set: str = Field(description="'demo:2', or 'demo' for its current set")
-    prompt: str = Field(min_length=1)
+    prompt: Prompt = Field(description="a text or a conversation")
     responses: list[ResponseToScore] = Field(min_length=1, max_length=MAX_RESPONSES)
     weights: list[Weights] = Field(default=[], max_length=32, description="soups to score with, beside the policies")
     length_normalized: bool = Field(default=False, description="rewards per token of the response, not summed")

@@ -18,6 +18,7 @@ from services.common.contract.keys import DECISIONS
 from services.common.contract.messages import Candidate, PromptDecided, PromptSampled, ScoredCandidate
 from services.scorer.passes import Passes
 from services.scorer.settings import ScorerSettings
+from sipo.conversation import Prompt
 from sipo.errors import InvalidRequest, NotFound, SipoError
 from sipo.evaluation.reward_models import RewardFunction, open_reward_model
 from sipo.models import model_sha256, resolve_model
@@ -79,7 +80,7 @@ class Scorer:
             log.info("models loaded", model=settings.model, device=device, reward_models=list(reward_models))
             yield cls(passes, tokenizer, reward_models)
 
-    def ask(self, reference: str, prompt: str, responses: Sequence[Given], soups: Sequence[Weights] = ()) -> Asked:
+    def ask(self, reference: str, prompt: Prompt, responses: Sequence[Given], soups: Sequence[Weights] = ()) -> Asked:
         """What a caller wants, ready to be scored. Blocks. Raises NotFound for an unknown set, InvalidRequest for what cannot be
         scored."""
         prompt_format, policy_set, objectives = self._format(reference)

@@ -9,6 +9,7 @@ from statistics import fmean
 from services.common.contract.messages import PromptDecided
 from services.common.contract.reports import Funnel, GroundTruth
 from services.trainer.pairs import pareto_pairs_of
+from sipo.conversation import as_text
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.training.data import Design
 
@@ -63,15 +64,15 @@ def ground_truth(objectives: Sequence[str], decisions: Iterable[PromptDecided]) 
     means = {}
     for objective, reward in REWARDS.items():
         accepted = [
-            (decision.example, candidate.text)
+            (as_text(decision.example.prompt), decision.example, candidate.text)
             for decision in decisions
             for candidate, only in decision.accepted()
             if only in (None, objective)
         ]
         if accepted and objective in objectives:
             means[objective] = GroundTruth(
-                response_0=fmean(reward(example.prompt, example.response_0) for example, _ in accepted),
-                response_1=fmean(reward(example.prompt, example.response_1) for example, _ in accepted),
-                accepted=fmean(reward(example.prompt, text) for example, text in accepted),
+                response_0=fmean(reward(prompt, example.response_0) for prompt, example, _ in accepted),
+                response_1=fmean(reward(prompt, example.response_1) for prompt, example, _ in accepted),
+                accepted=fmean(reward(prompt, text) for prompt, _, text in accepted),
             )
     return means

@@ -1,7 +1,8 @@
 """External reward models by address: a Hugging Face classifier, an HTTP endpoint, or an installed Python function.
 
-All of them map (prompt, response), as plain text, to one number; higher is better. They know nothing of policies, queues or prompt
-formats. What a model says is passed on as it is, NaN included: it is for the filter to refuse.
+All of them map (prompt, response) to one number; higher is better. A classifier with a chat template reads a conversation as it is,
+all others as one text. They know nothing of policies, queues or prompt formats. What a model says is passed on as it is, NaN
+included: it is for the filter to refuse.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sipo.conversation import Prompt, as_messages, as_text
 from sipo.errors import InvalidRequest, NotFound, SipoError
 from sipo.http_errors import asking, endpoint_error, quoted
 from sipo.models import model_folder
@@ -32,7 +34,7 @@ SCORE_TIMEOUT = httpx.Timeout(600, connect=5)  # seconds; a large model on a loa
 class RewardFunction(Protocol):
     """The rewards of the responses to one prompt, in their order. Safe to call from several threads."""
 
-    def __call__(self, prompt: str, responses: Sequence[str]) -> list[float]: ...
+    def __call__(self, prompt: Prompt, responses: Sequence[str]) -> list[float]: ...
 
 
 def open_reward_model(address: str, *, device: str = "cpu") -> RewardFunction:
@@ -83,11 +85,11 @@ class _Classifier:
         self._limit = min(self._tokenizer.model_max_length, _positions(model))
         self._lock = Lock()
 
-    def __call__(self, prompt: str, responses: Sequence[str]) -> list[float]:
+    def __call__(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
         with self._lock:  # a tokenizer belongs to one thread at a time
             return [self._reward(prompt, response, index) for index, response in enumerate(responses)]
 
-    def _reward(self, prompt: str, response: str, index: int) -> float:
+    def _reward(self, prompt: Prompt, response: str, index: int) -> float:
         import torch
 
         encoded = self._encode(prompt, response)
@@ -103,14 +105,14 @@ class _Classifier:
             inputs = {name: ids.to(self._model.device) for name, ids in encoded.items() if name in self._inputs}
             return _value(self._model(**inputs).logits[0], self._output, self._model.config.problem_type)
 
-    def _encode(self, prompt: str, response: str) -> Any:
+    def _encode(self, prompt: Prompt, response: str) -> Any:
         """The model's inputs, each [1, length]."""
         from jinja2 import TemplateError
 
         if self._tokenizer.chat_template is None:
             # In lists, because an empty text on its own would count as no second text.
-            return self._tokenizer([prompt], [response], return_tensors="pt")
-        conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return self._tokenizer([as_text(prompt)], [response], return_tensors="pt")
+        conversation = [*as_messages(prompt), {"role": "assistant", "content": response}]
         try:
             return self._tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
         except TemplateError as error:
@@ -176,11 +178,11 @@ class _Endpoint:
         self._name = f"the reward model at {url.copy_with(userinfo=b'', query=None)}"  # secrets stay out of messages
         self._http = httpx.Client(timeout=SCORE_TIMEOUT)
 
-    def __call__(self, prompt: str, responses: Sequence[str]) -> list[float]:
+    def __call__(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
         if not responses:
             return []
         with asking(self._name):
-            reply = self._http.post(self._url, json={"text_1": prompt, "text_2": list(responses)})
+            reply = self._http.post(self._url, json={"text_1": as_text(prompt), "text_2": list(responses)})
         if not reply.is_success:
             raise endpoint_error(reply, self._name, refusal=InvalidRequest)
         try:
@@ -210,9 +212,9 @@ class _InstalledFunction:
         self._name = name
         self._lock = Lock()
 
-    def __call__(self, prompt: str, responses: Sequence[str]) -> list[float]:
+    def __call__(self, prompt: Prompt, responses: Sequence[str]) -> list[float]:
         with self._lock:  # nobody asked its author about threads
-            return [self._reward(prompt, response) for response in responses]
+            return [self._reward(as_text(prompt), response) for response in responses]
 
     def _reward(self, prompt: str, response: str) -> float:
         try:

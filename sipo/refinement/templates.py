@@ -16,6 +16,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from sipo.conversation import Message, as_text
 from sipo.errors import InvalidRequest
 from sipo.preferences import ObjectiveName
 
@@ -123,13 +124,13 @@ class TemplateSet(BaseModel):
                 raise ValueError(f"{name}.user must begin with some words of its own, such as 'Question:': they mark a new example")
         return self
 
-    def review_task(self, objectives: Sequence[str], prompt: str, response: str) -> Task:
+    def review_task(self, objectives: Sequence[str], prompt: str | Sequence[Message], response: str) -> Task:
         """[p_v, x, y^s] of Eq. 4."""
-        return self._task("review", objectives, prompt=prompt, response=response)
+        return self._task("review", objectives, prompt=as_text(prompt), response=response)
 
-    def rewrite_task(self, objectives: Sequence[str], prompt: str, response: str, review: str) -> Task:
+    def rewrite_task(self, objectives: Sequence[str], prompt: str | Sequence[Message], response: str, review: str) -> Task:
         """[p_a, x, y^v, y^s] of Eq. 5."""
-        return self._task("rewrite", objectives, prompt=prompt, response=response, review=review)
+        return self._task("rewrite", objectives, prompt=as_text(prompt), response=response, review=review)
 
     def _task(self, kind: Literal["review", "rewrite"], objectives: Sequence[str], **asked: str) -> Task:
         wording = self.review if kind == "review" else self.rewrite

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
+from sipo.conversation import JsonPrompt, Prompt, as_json, as_prompt
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
 from sipo.selection import pareto_pairs
@@ -23,9 +24,9 @@ MIN_PAIRS_TO_HOLD_OUT = 40
 
 
 class TrainingPair(TypedDict):
-    """One preference pair under TRL's column names."""
+    """One preference pair under TRL's column names, in plain JSON."""
 
-    prompt: str
+    prompt: JsonPrompt
     chosen: str
     rejected: str
     chosen_token_ids: NotRequired[list[int]]
@@ -48,7 +49,7 @@ def alignment_pairs(examples: Iterable[Example], objective: str) -> Iterator[Tra
     for example in examples:
         if objective in example.labels:
             chosen, rejected = example.chosen_rejected(objective)
-            yield TrainingPair(prompt=example.prompt, chosen=chosen, rejected=rejected)
+            yield TrainingPair(prompt=as_json(example.prompt), chosen=chosen, rejected=rejected)
 
 
 Design = Literal["both", "preferred", "preferred_and_original", "original", "dispreferred"]
@@ -86,10 +87,10 @@ def pareto_rows(
         for pair in pareto_pairs(example, one.text, one.objective):
             if one.objective is None and opponents is not None and pair.rejected != opponents:
                 continue
-            row = TrainingPair(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected)
+            row = TrainingPair(prompt=as_json(pair.prompt), chosen=pair.chosen, rejected=pair.rejected)
             rows.append(TrainingPair(**row, chosen_token_ids=one.token_ids) if one.token_ids else row)
     if chosen and labelled and design in ("preferred_and_original", "original"):
-        rows.append(TrainingPair(prompt=example.prompt, chosen=winner, rejected=loser))
+        rows.append(TrainingPair(prompt=as_json(example.prompt), chosen=winner, rejected=loser))
     return rows
 
 
@@ -117,12 +118,12 @@ def tokenise(
     Pairs of one prompt stay on one side of the split: they share the chosen response.
     """
     counts: Counter[str] = Counter()
-    by_prompt: dict[str, list[TokenPair]] = {}
+    by_prompt: dict[Prompt, list[TokenPair]] = {}
     drawn = 0
-    for pair in _shuffled_by_prompt(source, seed):
+    for prompt, pair in _shuffled_by_prompt(source, seed):
         if drawn == max_pairs:
             break
-        prompt_ids = prompt_format.prompt_ids(pair["prompt"], tokenizer)
+        prompt_ids = prompt_format.prompt_ids(prompt, tokenizer)
         if len(prompt_ids) > max_prompt_tokens:
             counts["prompts_too_long"] += 1
             continue
@@ -139,7 +140,7 @@ def tokenise(
             rejected_ids=rejected_ids,
             opposing_weight=pair.get("opposing_weight", 0.0),
         )
-        by_prompt.setdefault(pair["prompt"], []).append(row)
+        by_prompt.setdefault(prompt, []).append(row)
         drawn += 1
 
     train: list[TokenPair] = []
@@ -152,11 +153,12 @@ def tokenise(
     return TokenisedPairs(train, validation or train, held_out=bool(validation), left_out=counts)
 
 
-def _shuffled_by_prompt(source: Sequence[TrainingPair], seed: int) -> Iterator[TrainingPair]:
-    groups: dict[str, list[TrainingPair]] = {}
+def _shuffled_by_prompt(source: Sequence[TrainingPair], seed: int) -> Iterator[tuple[Prompt, TrainingPair]]:
+    groups: dict[Prompt, list[TrainingPair]] = {}
     for pair in source:
-        groups.setdefault(pair["prompt"], []).append(pair)
-    order = list(groups.values())
+        groups.setdefault(as_prompt(pair["prompt"]), []).append(pair)
+    order = list(groups.items())
     random.Random(seed).shuffle(order)
-    for group in order:
-        yield from group
+    for prompt, group in order:
+        for pair in group:
+            yield prompt, pair

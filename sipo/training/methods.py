@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from sipo.conversation import as_json
 from sipo.errors import InvalidWeights
 from sipo.preferences import Example, Weights
 from sipo.training.data import TrainingPair
@@ -35,7 +36,9 @@ def lw_pairs(examples: Iterable[Example], weights: Weights) -> Iterator[Training
             continue
         prefer_1 = sum(weight for name, weight in labelled.items() if example.labels[name] == 1) / total
         chosen, rejected = (example.response_1, example.response_0) if prefer_1 >= 0.5 else (example.response_0, example.response_1)
-        yield TrainingPair(prompt=example.prompt, chosen=chosen, rejected=rejected, opposing_weight=min(prefer_1, 1 - prefer_1))
+        yield TrainingPair(
+            prompt=as_json(example.prompt), chosen=chosen, rejected=rejected, opposing_weight=min(prefer_1, 1 - prefer_1)
+        )
 
 
 def modpo_margins(weights: Weights, objective: str, adapters: Mapping[str, Path], *, beta_ratio: float = 1.0) -> list[Margin]:

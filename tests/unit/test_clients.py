@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from services.common.web.clients import Completion, DecoderClient, ReviewerClient
+from sipo.conversation import Message, as_messages
 from sipo.errors import Conflict, InvalidRequest, NotFound, SipoError, Unavailable
 
 CHAT = [{"role": "user", "content": "How long does an egg boil?"}]
@@ -80,6 +81,15 @@ async def test_a_review_and_its_rewrite() -> None:
     assert await reviewer(service).rewrite("x", "y", "too long", **common) == Completion("Short.", [1], "stop", 0)
     assert [path for path, _ in service.asked] == ["/v1/reviews", "/v1/rewrites"]
     assert service.asked[1][1]["review"] == "too long"
+
+
+async def test_a_conversation_goes_to_the_reviewer_as_its_messages() -> None:
+    service = Service(httpx.Response(200, json={"review": "too long", "text": "Short.", "token_ids": [1], "finish_reason": "stop"}))
+    talk = (Message(role="system", content="Be kind."), Message(role="user", content="x"))
+    common: dict[str, Any] = {"objectives": ["a", "b"], "weights": {"a": 1.0, "b": 0.0}, "policy_set": "demo:1", "max_tokens": 8}
+    await reviewer(service).review(talk, "y", **common)
+    await reviewer(service).rewrite(talk, "y", "too long", **common)
+    assert [body["prompt"] for _, body in service.asked] == [as_messages(talk)] * 2
 
 
 def failing(status: int, headers: dict[str, str] | None = None) -> httpx.Response:

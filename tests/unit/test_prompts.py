@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sipo.conversation import Message, as_messages
 from sipo.errors import IncompatiblePolicy, InvalidRequest
 from sipo.prompts import PromptFormat
 
@@ -45,6 +46,40 @@ def test_a_conversation_gets_the_system_text_unless_it_has_its_own(role: str) ->
     own = [{"role": role, "content": "be brief"}, *talk]
     assert prompt_format.with_system(own) == own
     assert PromptFormat.of(make_tokenizer()).with_system(talk) == talk
+
+
+TALK = (
+    Message(role="user", content="It is"),
+    Message(role="assistant", content="unbelievable."),
+    Message(role="user", content="Why?\n"),
+)
+
+
+@pytest.mark.parametrize("turns", [TALK, (Message(role="system", content="Be kind."), *TALK)], ids=["plain", "own system text"])
+def test_the_tokens_of_a_conversation_are_those_of_the_models_own_template(bundled_base: Path, turns: tuple[Message, ...]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_base)
+    own = tokenizer.apply_chat_template(as_messages(turns), add_generation_prompt=True)["input_ids"]
+    assert PromptFormat.of(tokenizer).prompt_ids(turns, tokenizer) == own
+    brief = PromptFormat.of(tokenizer, system="Be brief.")
+    asked = as_messages(turns) if turns[0].role == "system" else [{"role": "system", "content": "Be brief."}, *as_messages(turns)]
+    assert brief.messages(turns) == brief.request(turns) == asked
+    told = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    assert brief.prompt_ids(turns, tokenizer) == told
+    assert (told == own) == (turns[0].role == "system")
+
+
+def test_a_raw_format_takes_a_conversation_as_one_text() -> None:
+    tokenizer = make_tokenizer(None)
+    raw = PromptFormat(kind="raw", template="{prompt}\nAssistant:")
+    text = "User: It is\n\nAssistant: unbelievable.\n\nUser: Why?\n\nAssistant:"
+    assert raw.request(TALK) == raw.text(TALK, tokenizer) == text
+    assert raw.prompt_ids(TALK, tokenizer) == tokenizer(text)["input_ids"]
+
+
+def test_a_conversation_that_the_template_refuses_is_refused_in_its_words() -> None:
+    tokenizer = make_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InvalidRequest, match="the model's chat template refuses the conversation: roles must alternate"):
+        PromptFormat.of(tokenizer).prompt_ids(TALK, tokenizer)
 
 
 def test_a_model_without_a_template_gets_a_raw_format() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sipo.conversation import Message
 from sipo.errors import InvalidRequest
 from sipo.refinement import Task, TemplateBook, TemplateSet, name_objectives, read_template_set
 
@@ -78,6 +79,18 @@ def test_what_comes_before_the_prompt_is_the_same_for_all_prompts() -> None:
     assert one.messages()[:-1] == other.messages()[:-1]
     fixed = one.text()[: -len(one.user)].rsplit("\n\n", 1)[0]
     assert other.text().startswith(fixed)
+
+
+def test_a_conversation_is_asked_about_as_one_text() -> None:
+    talk = (
+        Message(role="user", content="Hello {response}"),
+        Message(role="assistant", content="Hi."),
+        Message(role="user", content="Why?"),
+    )
+    template = TemplateSet.model_validate(own_template())
+    question = "Question: User: Hello {response}\n\nAssistant: Hi.\n\nUser: Why?\nAnswer: So."
+    assert template.review_task(["a", "b"], talk, "So.").user == question
+    assert template.rewrite_task(["a", "b"], talk, "So.", "Say why.").user == f"{question}\nReview: Say why."
 
 
 def test_braces_of_a_caller_are_only_text() -> None:

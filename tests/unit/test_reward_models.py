@@ -25,6 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from sipo.conversation import Message, as_text
 from sipo.errors import InvalidRequest, NotFound, SipoError, Unavailable
 from sipo.evaluation.ground_truth import concise, warm
 from sipo.evaluation.reward_models import open_reward_model
@@ -38,6 +39,13 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "initializer_range": 0.3,
 }
+
+TALK = (
+    Message(role="system", content="Be kind."),
+    Message(role="user", content="An egg?"),
+    Message(role="assistant", content="Yes."),
+    Message(role="user", content=PROMPT),
+)
 
 MakeClassifier = Callable[..., tuple[Path, Any]]
 
@@ -77,9 +85,9 @@ def pair_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", model_input_names=inputs)
 
 
-def chat_logits(model: Any, tokenizer: PreTrainedTokenizerFast, response: str) -> torch.Tensor:
+def chat_logits(model: Any, tokenizer: PreTrainedTokenizerFast, response: str, before: str = "") -> torch.Tensor:
     """By plain transformers, for the chat template of the tiny tokenizer."""
-    ids = tokenizer(f"u:{PROMPT}<end>\na:{response}<end>\n", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(f"{before}u:{PROMPT}<end>\na:{response}<end>\n", add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
     return logits
@@ -92,6 +100,15 @@ def test_a_classifier_with_one_output_rewards_with_its_logit(
     wanted = [chat_logits(model, tiny_tokenizer, response).item() for response in RESPONSES]
     assert max(wanted) - min(wanted) > 0.1
     assert open_reward_model(f"hf:{folder}")(PROMPT, RESPONSES) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_chat_template_gets_the_turns_of_a_conversation(
+    make_llama: MakeClassifier, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder, model = make_llama(["reward"])
+    before = "s:Be kind.<end>\nu:An egg?<end>\na:Yes.<end>\n"
+    wanted = [chat_logits(model, tiny_tokenizer, response, before).item() for response in ("8", "So.")]
+    assert open_reward_model(f"hf:{folder}")(TALK, ["8", "So."]) == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +174,9 @@ def test_a_decoder_without_a_chat_template_reads_the_pair_and_no_token_types(
     assert 1 in encoded["token_type_ids"]
     with torch.inference_mode():
         wanted = model(torch.tensor([encoded["input_ids"]])).logits.item()
-    assert open_reward_model(f"hf:{folder}")(PROMPT, RESPONSES[:1]) == pytest.approx([wanted], abs=1e-5)
+    reward = open_reward_model(f"hf:{folder}")
+    assert reward(PROMPT, RESPONSES[:1]) == pytest.approx([wanted], abs=1e-5)
+    assert reward(TALK, ["8"]) == reward(as_text(TALK), ["8"]) != reward(PROMPT, ["8"]), "a conversation is one text here"
 
 
 def test_a_value_depends_neither_on_the_other_responses_nor_on_other_threads(make_llama: MakeClassifier) -> None:
@@ -288,6 +307,12 @@ def test_an_endpoint_is_asked_once_for_all_responses(server: ScoreServer) -> Non
     assert server.asked == [("/score?key=1", {"text_1": PROMPT, "text_2": ["a", "b", "c"]})]
 
 
+def test_an_endpoint_is_asked_about_a_conversation_as_one_text(server: ScoreServer) -> None:
+    server.reply = (200, {"data": scores(0.5)}, {})
+    assert open_reward_model(server.url)(TALK, ["a"]) == [0.5]
+    assert server.asked == [("/score", {"text_1": as_text(TALK), "text_2": ["a"]})]
+
+
 def test_without_responses_an_endpoint_is_not_asked(server: ScoreServer) -> None:
     assert open_reward_model(server.url)(PROMPT, []) == []
     assert server.asked == []
@@ -363,6 +388,7 @@ def test_the_ground_truths_are_installed_by_name() -> None:
     for name, function in [("concise", concise), ("warm", warm)]:
         wanted = [function(PROMPT, response) for response in RESPONSES]
         assert open_reward_model(f"python:{name}")(PROMPT, RESPONSES) == wanted
+        assert open_reward_model(f"python:{name}")(TALK, RESPONSES) == [function(as_text(TALK), one) for one in RESPONSES]
         assert max(wanted) > 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from sipo.conversation import Message
 from sipo.preferences import Example
 from sipo.selection import (
     CandidateText,
@@ -136,6 +137,8 @@ def test_a_chosen_response_gives_a_pair_against_each_original_or_for_one_objecti
     assert pareto_pairs(same, "better") == [Pair("x", "better", "same")]
     assert pareto_pairs(EXAMPLE, "better", "a") == [Pair("x", "better", "y1")]
     assert pareto_pairs(EXAMPLE, "better", "b") == [Pair("x", "better", "y0")]
+    talk = (Message(role="system", content="be kind"), Message(role="user", content="x"))
+    assert pareto_pairs(EXAMPLE.model_copy(update={"prompt": talk}), "better", "b") == [Pair(talk, "better", "y0")]
 
 
 # Options

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sipo.conversation import Message, as_messages, as_prompt
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
 from sipo.training.data import ChosenResponse, Design, TokenisedPairs, TrainingPair, alignment_pairs, pareto_rows, tokenise
+from sipo.training.methods import lw_pairs
 
 END = 0
 
@@ -15,6 +17,9 @@ END = 0
 def tokens(source: list[TrainingPair], tokenizer: PreTrainedTokenizerFast, **changes: int | None) -> TokenisedPairs:
     settings = {"max_prompt_tokens": 64, "max_response_tokens": 32, "max_pairs": None, "seed": 0} | changes
     return tokenise(source, PromptFormat.of(tokenizer), tokenizer, **settings)  # type: ignore[arg-type]
+
+
+TALK = (Message(role="system", content="be kind"), Message(role="user", content="hi"))
 
 
 def numbered(count: int) -> list[TrainingPair]:
@@ -71,6 +76,19 @@ def test_tokens_are_those_of_the_prompt_format_with_one_end_token(tiny_tokenizer
     assert tiny_tokenizer.decode(row["rejected_ids"]) == "no<end>"
 
 
+def test_a_conversation_is_plain_json_in_pairs_and_tokenised_as_its_messages(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    example = Example(prompt=TALK, response_0="no", response_1="yes", labels={"warm": 1})
+    best = [ChosenResponse("best", [1, 2])]
+    made = [
+        *alignment_pairs([example], "warm"),
+        *lw_pairs([example], {"warm": 1.0}),
+        *pareto_rows(example, best, "warm", "preferred_and_original"),
+    ]
+    assert [pair["prompt"] for pair in made] == [as_messages(TALK)] * 4
+    for row in tokens(made, tiny_tokenizer).train:
+        assert tiny_tokenizer.decode(row["prompt_ids"]) == "s:be kind<end>\nu:hi<end>\na:"
+
+
 def test_a_sampled_response_keeps_the_tokens_it_was_sampled_with(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     sampled = [5, 6, 7]
     (row,) = tokens([TrainingPair(prompt="hi", chosen="yes", rejected="no", chosen_token_ids=sampled)], tiny_tokenizer).train
@@ -99,8 +117,12 @@ def test_a_tenth_is_held_out_from_forty_pairs_on(tiny_tokenizer: PreTrainedToken
     assert not [row for row in enough.validation if row in enough.train]
 
 
-def test_both_pairs_of_a_prompt_stay_on_one_side_of_the_split(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    examples = [Example(prompt=f"p{i}", response_0=f"a{i}", response_1=f"b{i}", labels={"warm": 1}) for i in range(30)]
+@pytest.mark.parametrize("before", [(), TALK], ids=["text", "conversation"])
+def test_both_pairs_of_a_prompt_stay_on_one_side_of_the_split(
+    tiny_tokenizer: PreTrainedTokenizerFast, before: tuple[Message, ...]
+) -> None:
+    asked = [as_prompt([*before, Message(role="user", content=f"p{i}")]) for i in range(30)]
+    examples = [Example(prompt=asked[i], response_0=f"a{i}", response_1=f"b{i}", labels={"warm": 1}) for i in range(30)]
     source = [pair for i, example in enumerate(examples) for pair in pareto_rows(example, [ChosenResponse(f"best {i}", [1, 2])])]
     found = tokens(source, tiny_tokenizer)
     prompts = [{tuple(row["prompt_ids"]) for row in side} for side in (found.train, found.validation)]

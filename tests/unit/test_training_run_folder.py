@@ -14,7 +14,11 @@ from sipo.training.data import TrainingPair
 from sipo.training.run_folder import RunFolder, data_sha256
 from sipo.training.settings import Measure, TrainMetrics, TrainRun, TrainSettings
 
-PAIRS = [TrainingPair(prompt="schön?", chosen="ja", rejected="nein", chosen_token_ids=[1, 2])]
+CONVERSATION = [{"role": "system", "content": "Grüße!"}, {"role": "user", "content": "schön?"}]
+PAIRS = [
+    TrainingPair(prompt="schön?", chosen="ja", rejected="nein", chosen_token_ids=[1, 2]),
+    TrainingPair(prompt=CONVERSATION, chosen="ja", rejected="nein"),
+]
 RUN = TrainRun(
     objective="warm",
     base=Path("/models/tiny"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,9 +13,11 @@ from gateway.worker.generation import Generator, as_failed, seed_of, together
 from services.common.contract.keys import DECISIONS
 from services.common.contract.messages import PromptQueued
 from services.common.web.clients import DecoderClient, ReviewerClient
+from sipo.conversation import Message, as_messages
 from sipo.errors import InvalidRequest, NotFound
 from sipo.policies import PolicyStore
 from sipo.preferences import Example
+from sipo.prompts import PromptFormat
 from tests.fakes import WritingDecoder, write_policy_set
 from tests.plans import sampling_plan
 
@@ -49,6 +52,37 @@ async def test_a_teacher_that_this_worker_does_not_know_is_named(tmp_path: Path)
     plan = PLAN.model_copy(update={"refine": False, "teachers": {"big": 1}})
     with pytest.raises(NotFound, match="no teacher 'big': set SIPO_TEACHERS"):
         await generator.generate(QUEUED.model_copy(update={"plan": plan}))
+
+
+class Teacher:
+    """Keeps what it was asked."""
+
+    async def answer(self, messages: Any, **options: Any) -> tuple[str, str]:
+        self.messages = messages
+        return "Eight.", "stop"
+
+
+@pytest.mark.parametrize("kind", ["chat", "raw"])
+async def test_a_conversation_is_asked_as_the_policies_know_it(tmp_path: Path, kind: str) -> None:
+    talk = (Message(role="user", content="x"), Message(role="assistant", content="y"), Message(role="user", content="z"))
+    raw = PromptFormat(kind="raw", template="{prompt}\nA:")
+    prompt_format = PromptFormat(system="be kind") if kind == "chat" else raw
+    write_policy_set(tmp_path, "demo:1", ["a", "b"], prompt_format=prompt_format)
+    fake, teacher = WritingDecoder(), Teacher()
+    decoder = DecoderClient("http://decoder", transport=httpx.ASGITransport(fake.app))
+    teachers: dict[str, Any] = {"big": teacher}
+    generator = Generator(decoder, ReviewerClient("http://none"), PolicyStore(tmp_path), teachers)
+    plan = PLAN.model_copy(update={"refine": False, "teachers": {"big": 1}})
+    example = QUEUED.example.model_copy(update={"prompt": talk})
+    made = await generator.generate(QUEUED.model_copy(update={"plan": plan, "example": example}))
+    assert [candidate.stage for candidate in made.candidates] == ["sample", "distilled"]
+    (body,) = fake.bodies
+    if kind == "chat":
+        told = [{"role": "system", "content": "be kind"}, *as_messages(talk)]
+        assert body["messages"] == teacher.messages == told
+    else:
+        assert body["prompt"] == "User: x\n\nAssistant: y\n\nUser: z\nA:"
+        assert teacher.messages == as_messages(talk)
 
 
 async def test_the_first_error_ends_the_other_chains_and_is_raised_as_it_is() -> None:

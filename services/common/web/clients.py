@@ -13,6 +13,7 @@ from typing import Any, NotRequired, Self, TypedDict, Unpack
 import httpx
 
 from services.common.web.replicas import replica_client
+from sipo.conversation import Prompt, as_json
 from sipo.errors import SipoError
 from sipo.http_errors import asking, service_error
 from sipo.preferences import SamplingMode, Weights
@@ -149,12 +150,13 @@ class ReviewerClient(ServiceClient):
 
     name = "reviewer"
 
-    async def review(self, prompt: str, response: str, **options: Unpack[WritingOptions]) -> str:
+    async def review(self, prompt: Prompt, response: str, **options: Unpack[WritingOptions]) -> str:
         """y^v, the critique of `response`."""
-        review: str = (await self._post("/v1/reviews", {"prompt": prompt, "response": response, **options}))["review"]
+        review: str = (await self._post("/v1/reviews", {"prompt": as_json(prompt), "response": response, **options}))["review"]
         return review
 
-    async def rewrite(self, prompt: str, response: str, review: str, **options: Unpack[WritingOptions]) -> Completion:
+    async def rewrite(self, prompt: Prompt, response: str, review: str, **options: Unpack[WritingOptions]) -> Completion:
         """y^a, `response` rewritten as `review` asks."""
-        reply = await self._post("/v1/rewrites", {"prompt": prompt, "response": response, "review": review, **options})
+        asked = {"prompt": as_json(prompt), "response": response, "review": review, **options}
+        reply = await self._post("/v1/rewrites", asked)
         return Completion(reply["text"], reply["token_ids"], reply["finish_reason"], reply.get("prompt_tokens", 0))
