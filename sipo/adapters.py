@@ -141,19 +141,56 @@ def read_key(folder: Path, key: str) -> LoraKey | None:
     return LoraKey(module, tuple(dict.fromkeys((wrapped, module))), match["half"])
 
 
+def read_chat_template(folder: Path) -> str | None:
+    """Of the tokenizer that trainers save beside the adapter: the one that it renders conversations with, if it has any."""
+    for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
+        if (folder / name).is_file():
+            return _text(folder / name)
+    templates = _tokenizer_config(folder).get("chat_template")
+    if isinstance(templates, list):
+        named = {one.get("name"): one.get("template") for one in templates if isinstance(one, dict)}
+        templates = named.get("default")
+    return templates if isinstance(templates, str) else None
+
+
+def read_end_token(folder: Path) -> str | None:
+    """Of the tokenizer beside the adapter, if it names one."""
+    token = _tokenizer_config(folder).get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    config = _json(path) if path.is_file() else {}
+    return config if isinstance(config, dict) else {}
+
+
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise IncompatiblePolicy(_no_config(folder))
-    try:
-        if _is_pointer(path):
-            raise IncompatiblePolicy(f"{path} is a git-lfs pointer: run `git lfs pull` where it was cloned")
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise IncompatiblePolicy(f"{path} is no readable JSON ({error}): copy or download it again") from error
+    config = _json(path)
     if not isinstance(config, dict):
         raise IncompatiblePolicy(f"{path} is no JSON object, so {folder} is no PEFT adapter: save the adapter again")
     return config
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise IncompatiblePolicy(f"{path} is no readable JSON ({error}): copy or download it again") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        if _is_pointer(path):
+            raise IncompatiblePolicy(f"{path} is a git-lfs pointer: run `git lfs pull` where it was cloned")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise IncompatiblePolicy(f"{path} is no readable text ({error}): copy or download it again") from error
 
 
 def _no_config(folder: Path) -> str:

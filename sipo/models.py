@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sipo.errors import NotFound
-from sipo.files import write_atomically
+from sipo.files import expanded, write_atomically
 from sipo.prompts import PromptFormat
 from sipo.record import Record
 
@@ -68,7 +68,7 @@ def resolve_model(name: str, cache_dir: Path) -> Path:
 
 def model_folder(name: str) -> Path:
     """The folder of a model that is a folder, or a hub name."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise NotFound(f"{folder} holds no config.json: give the folder of a Hugging Face model", param="model")

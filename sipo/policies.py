@@ -3,9 +3,9 @@
     <root>/demo/1/manifest.json, helpful/adapter_model.safetensors, …
     <root>/demo/current -> 1
 
-A set is published by writing it aside, syncing it to disk and renaming it; `current` moves by renaming a symbolic link. So at any
-moment, and after any crash, readers see the old state or the whole new one. Nobody is told: services look at `current` again and
-again.
+A set is published by writing it aside, syncing it to disk and renaming it, and deleted by renaming it before its files go;
+`current` moves by renaming a symbolic link. So at any moment, and after any crash, readers see the old state or the whole new one.
+Nobody is told: services look at `current` again and again.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from sipo.record import Record
 POLICY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 SET_VERSION = re.compile(r"[0-9]{1,9}")
 ASIDE = ".new-"
+GONE = ".gone-"
+"""How the folder of a deleted version is called. It stays, empty, so that no other set gets its number."""
 ABANDONED = 3600.0
 """Seconds after which a set that is still aside is nobody's."""
 
@@ -117,9 +119,13 @@ class PolicySet:
         return self.folder / objective
 
     def verify(self) -> None:
-        """Raises IncompatiblePolicy if an adapter is not the one that was published."""
+        """Raises IncompatiblePolicy if an adapter is not the one that was published, NotFound if the set was deleted meanwhile."""
         for objective, adapter in self.manifest.adapters.items():
-            if adapter_sha256(self.adapter_dir(objective)) != adapter.sha256:
+            try:
+                found = adapter_sha256(self.adapter_dir(objective))
+            except FileNotFoundError:
+                raise NotFound(f"the files of {self.id} are not there any more: name another set", param="policy_set") from None
+            if found != adapter.sha256:
                 raise IncompatiblePolicy(f"{self.id}: the files of {objective!r} changed after publishing: publish the set again")
 
     def check_base(self, base_sha256: str) -> None:
@@ -166,14 +172,29 @@ class PolicyStore:
             raise NotFound(f"no policy set {reference!r}: known sets are {known}", param="policy_set")
         return self._read(folder)
 
+    def current_sets(self) -> list[PolicySet]:
+        """One of each name that has one. A name of which it cannot be told is left out here: who asks for it hears why."""
+        found = []
+        for name in self.names():
+            with suppress(Conflict):
+                if (current := self.current(name)) is not None:
+                    found.append(current)
+        return found
+
     def current(self, name: str) -> PolicySet | None:
-        """The set that requests for this name get, or None if none was activated."""
-        link = self.root / name / "current"
-        try:
-            version = link.readlink()
-        except OSError:
+        """The set that requests for this name get, or None if none was activated. Raises Conflict where that cannot be told."""
+        home = self.root / name
+        version = _pointed_at(home / "current")
+        if version is None:
             return None
-        return self._read(self.root / name / version)
+        if version not in map(str, self._versions(name)):
+            known = ", ".join(f"{name}:{known}" for known in self._versions(name)) or "none yet"
+            raise Conflict(
+                f"{home / 'current'} names no version of {name!r}, whose sets are {known}: make one of them current with `sipo "
+                f"policies activate {name}:VERSION`",
+                param="policy_set",
+            )
+        return self._read(home / version)
 
     def published_by(self, name: str, made_by: MadeBy) -> PolicySet | None:
         """The set of this name that was made by it, if it is published: a crash may have kept its publisher from telling so."""
@@ -189,8 +210,31 @@ class PolicyStore:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
             link = Path(aside) / "current"
             link.symlink_to(str(chosen.manifest.version))
+            if _is_copy(folder / "current"):
+                (folder / "current").rename(Path(aside) / "copy")
             link.rename(folder / "current")
         sync(folder)
+        return chosen
+
+    def delete(self, reference: str) -> PolicySet:
+        """Removes "demo:1" for good; no set gets its number again. Raises Conflict while another set is its child (its line would
+        be broken), and for the current set of a name that has others."""
+        if ":" not in reference:
+            raise InvalidRequest(f"{reference!r} names no version: write {reference}:1", param="policy_set")
+        chosen = self.get(reference)
+        if child := next((other.id for other in self.sets() if other.manifest.parent == chosen.id), None):
+            raise Conflict(f"{child} descends from {chosen.id}, whose rewards may decide its jobs: delete {child} first")
+        name, home = chosen.manifest.name, chosen.folder.parent
+        others = [f"{name}:{version}" for version in self._versions(name) if version != chosen.manifest.version]
+        if others and (current := self.current(name)) is not None and current.id == chosen.id:
+            raise Conflict(f"{chosen.id} is current: first make another one so, as with `sipo policies activate {others[-1]}`")
+        gone = home / f"{GONE}{chosen.manifest.version}"
+        chosen.folder.rename(gone)
+        if not others:
+            _remove(home / "current")
+        sync(home)
+        for path in gone.iterdir():
+            _remove(path)
         return chosen
 
     def publish(self, draft: Draft, adapters: Mapping[str, Path], base: Path, *, activate: bool = False) -> PolicySet:
@@ -212,9 +256,9 @@ class PolicyStore:
         try:
             refs = {objective: _copy_adapter(source, aside / objective, base) for objective, source in adapters.items()}
             while True:
-                version = max(self._versions(draft.name), default=0) + 1
+                version = max([*self._versions(draft.name), *self._deleted(draft.name)], default=0) + 1
                 manifest = Manifest(**draft.model_dump(), version=version, created=datetime.now(UTC), adapters=refs)
-                (aside / "manifest.json").write_text(manifest.model_dump_json(indent=1))
+                (aside / "manifest.json").write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
                 sync_tree(aside)
                 aside.chmod(0o755)
                 try:
@@ -233,11 +277,42 @@ class PolicyStore:
         folder = self.root / name
         return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
 
+    def _deleted(self, name: str) -> list[int]:
+        numbers = (path.name.removeprefix(GONE) for path in (self.root / name).glob(f"{GONE}*"))
+        return [int(number) for number in numbers if number.isdecimal()]
+
     def _read(self, folder: Path) -> PolicySet:
         try:
-            return PolicySet(folder, Manifest.model_validate_json((folder / "manifest.json").read_text()))
+            return PolicySet(folder, Manifest.model_validate_json((folder / "manifest.json").read_bytes()))
         except (OSError, ValidationError) as error:
             raise Conflict(f"{folder} is no readable policy set: {error}") from error
+
+
+def _pointed_at(current: Path) -> str | None:
+    """The version that `current` means, whether there is such a one or not. Not every backup keeps links: some make a copy of the
+    version of it, others a file with its name."""
+    try:
+        if current.is_symlink():
+            return str(current.readlink())
+        if current.is_dir():
+            manifest = Manifest.model_validate_json((current / "manifest.json").read_bytes())
+            return str(manifest.version) if manifest.name == current.parent.name else ""
+        return current.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return "" if _is_copy(current) else None
+    except (OSError, ValueError):  # of pydantic's, and of a text that is none
+        return ""
+
+
+def _is_copy(current: Path) -> bool:
+    return current.is_dir() and not current.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def adapter_sha256(folder: Path) -> str:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 
 from gateway.cli.console import complaints, console
+from gateway.cli.data import tell_slots
 from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
+from sipo.files import expanded
 from sipo.models import BUNDLED_MODEL, Base
 from sipo.policies import Draft, PolicyStore
 from sipo.preferences import format_weights, normalize_weights, parse_weights
 from sipo.prompts import PromptFormat
+from sipo.resources import check, needed_by_publishing
 
 _BUNDLED_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-app = typer.Typer(no_args_is_help=True, help="List, inspect, activate, import and merge policy sets (in SIPO_DATA_DIR).")
+app = typer.Typer(no_args_is_help=True, help="List, inspect, activate, delete, import and merge policy sets (in SIPO_DATA_DIR).")
 
 
 @app.command("list")
@@ -28,7 +32,7 @@ def list_sets() -> None:
     """List all policy sets; * marks the current one of each name."""
     store = _store()
     table = Table("set", "current", "objectives", "base", "round", "parent", "created", box=None, header_style="bold")
-    current = {policy_set.id for name in store.names() if (policy_set := store.current(name))}
+    current = {policy_set.id for policy_set in store.current_sets()}
     for policy_set in store.sets():
         manifest = policy_set.manifest
         table.add_row(
@@ -71,6 +75,17 @@ def activate(policy_set: Annotated[str, typer.Argument(help="NAME:VERSION.")]) -
     console.print(f"{_store().activate(policy_set).id} is current")
 
 
+@app.command()
+def delete(policy_set: Annotated[str, typer.Argument(help="NAME:VERSION.")]) -> None:
+    """Remove a version for good; no other gets its number. No job may be at work with it, and no later set descend from it.
+
+    Example:
+
+      sipo policies delete demo:1
+    """
+    console.print(f"deleted {_store().delete(policy_set).id}")
+
+
 @app.command("import")
 def import_adapters(
     adapters: Annotated[list[str], typer.Argument(metavar="OBJECTIVE=DIR...", help="One PEFT LoRA adapter folder per objective.")],
@@ -79,6 +94,10 @@ def import_adapters(
     model: Annotated[str | None, typer.Option(help="The base they were trained on. Default: SIPO_MODEL.")] = None,
     system: Annotated[str | None, typer.Option(help="System text that they were trained with.")] = None,
     beta: Annotated[float, typer.Option(help="beta of the DPO loss they were trained with: the scale of their rewards.")] = 0.1,
+    chat_template: Annotated[
+        Literal["adapter", "base"],
+        typer.Option(help="Whose to ask and score with, where an adapter's folder has another chat template than the base."),
+    ] = "base",
     activate: Annotated[bool, typer.Option("--activate", help="Make the new set current.")] = False,
 ) -> None:
     """Publish existing adapters as a policy set.
@@ -93,27 +112,25 @@ def import_adapters(
         if not (objective and equals and folder):
             raise InvalidRequest(f"cannot read {argument!r}: write helpful=DIR harmless=DIR")
         # Few shells expand the ~ after an equals sign.
-        path = _expanded(folder)
+        path = expanded(folder)
         if not path.is_dir():
             raise InvalidRequest(f"{folder} is no folder")
         folders[objective] = path
     settings = load(CommonSettings)
+    check(needed_by_publishing(folders.values()), settings.policies.root)
     base = Base.open(model or settings.model, settings.cache_dir)
+    own = {objective: template for objective, path in folders.items() if (template := _own_template(path, base)) is not None}
     draft = Draft(
         name=name,
         base=base.ref,
-        prompt_format=PromptFormat.of(base.tokenizer, system=system),
+        prompt_format=_prompt_format(base, folders, own if chat_template == "adapter" else {}, system),
         objectives=list(folders),
         beta=beta,
     )
-    published = _store().publish(draft, folders, base.folder, activate=activate)
-    for objective, path in folders.items():
-        if named := _another_base(path, base):
-            complaints.print(
-                f"note: {objective} ({path}) names the base {named}, and was imported for {base.ref.name}: if that is "
-                "another model of the same shape, its rewards are wrong",
-                markup=False,
-            )
+    published = settings.policies.publish(draft, folders, base.folder, activate=activate)
+    for note in [*_notes_on_base(folders, base), *_notes_on_prompts(folders, base, own if chat_template == "base" else {})]:
+        complaints.print(f"note: {note}", markup=False)
+    tell_slots(len(folders))
     hint = "it is current" if activate else f"make it current with `sipo policies activate {published.id}`"
     console.print(f"published {published.id}; {hint}")
 
@@ -154,11 +171,63 @@ def _store() -> PolicyStore:
     return load(CommonSettings).policies
 
 
-def _expanded(folder: str) -> Path:
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError:  # ~somebody who is not on this machine
-        return Path(folder)
+def _own_template(folder: Path, base: Base) -> str | None:
+    """The chat template beside an adapter, if it has one that is not the base's."""
+    from sipo.adapters import read_chat_template
+
+    template = read_chat_template(folder)
+    ours = base.tokenizer.chat_template
+    if isinstance(ours, dict):
+        ours = ours.get("default")
+    # Jinja leaves out a line break at the end, which editors add.
+    return None if template is None or template.removesuffix("\n") == (ours or "").removesuffix("\n") else template
+
+
+def _prompt_format(base: Base, folders: Mapping[str, Path], own: Mapping[str, str], system: str | None) -> PromptFormat:
+    """The base's; or with the template in `own`, which must be that of all who have one beside them."""
+    from sipo.adapters import read_chat_template
+
+    templates = [own.get(objective) for objective, path in folders.items() if read_chat_template(path) is not None]
+    if own and any(template != templates[0] for template in templates):
+        raise InvalidRequest(
+            f"the chat templates of {' and '.join(folders)} differ, and a set has one: put the right one into each folder, or "
+            "import with --chat-template base",
+            param="chat_template",
+        )
+    made = PromptFormat.of(base.tokenizer, system=system, chat_template=next(iter(own.values()), None))
+    made.text("Hello", base.tokenizer)  # a template that cannot be read is refused now
+    return made
+
+
+def _notes_on_base(folders: Mapping[str, Path], base: Base) -> list[str]:
+    return [
+        f"{objective} ({path}) names the base {named}, and was imported for {base.ref.name}: if that is another model of the same "
+        "shape, its rewards are wrong"
+        for objective, path in folders.items()
+        if (named := _another_base(path, base))
+    ]
+
+
+def _notes_on_prompts(folders: Mapping[str, Path], base: Base, untaken: Mapping[str, str]) -> list[str]:
+    """`untaken`: the objectives whose adapters have a chat template that is not used."""
+    from sipo.adapters import read_end_token
+
+    notes = []
+    if untaken:
+        have = "has a chat template of its own" if len(untaken) == 1 else "have a chat template of their own"
+        notes.append(
+            f"{', '.join(untaken)} {have}, and {base.ref.name}'s is used: if the training used theirs, import again with "
+            "--chat-template adapter"
+        )
+    end = base.tokenizer.eos_token
+    for objective, path in folders.items():
+        token = read_end_token(path)
+        if token not in (None, end):
+            notes.append(
+                f"the tokenizer of {objective} ({path}) ends with {token!r}, and responses end with the base's {end!r}: if the "
+                "training used the other, they may not end in time"
+            )
+    return notes
 
 
 def _another_base(folder: Path, base: Base) -> str | None:

@@ -48,21 +48,22 @@ def get_model(model: str, request: Request) -> Model:
     target = resolve_target(policies, model, None)
     if target.policy_set is None:
         return _base(request)
-    described = _describe(policies, target.policy_set, model)
+    current = target.policy_set.id in {policy_set.id for policy_set in policies.current_sets()}
+    described = _describe(target.policy_set, model, current=current)
     return described if target.weights is None else described.model_copy(update={"default_weights": target.weights})
 
 
 def _policies(policies: PolicyStore) -> Iterator[Model]:
-    for name in policies.names():
-        if current := policies.current(name):
-            yield _describe(policies, current, name)
+    current = policies.current_sets()
+    ids = {policy_set.id for policy_set in current}
+    for policy_set in current:
+        yield _describe(policy_set, policy_set.manifest.name, current=True)
     for policy_set in policies.sets():
-        yield _describe(policies, policy_set, policy_set.id)
+        yield _describe(policy_set, policy_set.id, current=policy_set.id in ids)
 
 
-def _describe(policies: PolicyStore, policy_set: PolicySet, name: str) -> Model:
+def _describe(policy_set: PolicySet, name: str, *, current: bool) -> Model:
     manifest = policy_set.manifest
-    current = policies.current(manifest.name)
     return Model(
         id=name,
         created=int(manifest.created.timestamp()),
@@ -70,7 +71,7 @@ def _describe(policies: PolicyStore, policy_set: PolicySet, name: str) -> Model:
         parent=BASE,
         objectives=policy_set.objectives,
         default_weights=policy_set.default_weights,
-        current=current is not None and current.id == policy_set.id,
+        current=current,
     )
 
 

@@ -17,6 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common.background import begin
+from services.common.limits import Limits
 from services.common.web.app import create_app as create_common_app
 from services.decoder.choice import Choice, ChoiceFields, Chooser
 from services.decoder.residency import Loader, ResidentSets
@@ -87,6 +88,11 @@ def create_app(settings: DecoderSettings, open_engine: OpenEngine) -> FastAPI:
         choice = await asyncio.to_thread(decoder.chooser.choose, fields)
         return MixedResponse(decoder, choice, fields, body)
 
+    @app.get("/v1/limits")
+    async def limits() -> Limits:
+        """While it loads or sleeps too: a job may be posted then."""
+        return Limits(slots=settings.decoder_slots, max_model_len=settings.decoder_max_model_len)
+
     @app.post("/v1/sleep", dependencies=[Depends(_may_sleep)])
     async def sleep(request: SleepRequest, decoder: Loaded) -> SleepState:
         """Answers at once; asked again, it tells how far the decoder is, and the seconds begin anew."""
@@ -140,11 +146,24 @@ async def _run_engine(app: FastAPI, settings: DecoderSettings, open_engine: Open
         async with open_engine(model) as engine:
             decoder = app.state.decoder = Decoder(settings, engine, base_sha256)
             log.info("ready", model=settings.model, slots=settings.decoder_slots)
+            await asyncio.to_thread(_warn_of_wide_sets, settings)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_watch(engine))
                 tasks.create_task(decoder.sleeper.run())
     finally:
         app.state.decoder = None
+
+
+def _warn_of_wide_sets(settings: DecoderSettings) -> None:
+    """Of the current sets that cannot be mixed here."""
+    sets = settings.policies.current_sets()
+    wide = {one.id: len(one.objectives) for one in sets if len(one.objectives) > settings.decoder_slots}
+    if wide:
+        log.warning(
+            "current sets have more objectives than SIPO_DECODER_SLOTS: they can be asked in mode soup, but not be mixed",
+            objectives=wide,
+            slots=settings.decoder_slots,
+        )
 
 
 async def _watch(engine: Engine) -> None:
@@ -155,7 +174,10 @@ async def _watch(engine: Engine) -> None:
 
 
 def _check_body(body: dict[str, Any]) -> None:
-    """What vLLM would not refuse: empty prompts, and what it fails on."""
+    """What vLLM would not refuse: empty prompts, what it fails on, and a caller's program, as it lets policies' own pass."""
+    inside = body.get("chat_template_kwargs")
+    if body.get("chat_template") is not None or (isinstance(inside, dict) and inside.get("chat_template") is not None):
+        raise InvalidRequest("chat_template cannot be given: it is the model's, or that of the policies", param="chat_template")
     if not isinstance(body.get("structured_outputs", {}), dict | None):
         raise InvalidRequest('structured_outputs must be an object, as {"choice": ["yes", "no"]}', param="structured_outputs")
     if "messages" in body:
@@ -177,6 +199,8 @@ class MixedResponse(Response):
             "cache_salt": choice.mixture.cache_salt(fields.cache_salt),
             "vllm_xargs": {EXTRA_ARG: choice.mixture.model_dump_json()},
         }
+        if choice.chat_template is not None and "messages" in body:
+            onward["chat_template"] = choice.chat_template
         self.request_body = json.dumps(onward).encode()
         self.annotate = _Annotation(choice.effective, decoder.served_name, fields.model or choice.effective["policy_set"])
 

@@ -3,11 +3,12 @@ said here, before the engine sees the request."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from services.common.limits import MAX_SLOTS
 from services.decoder.residency import resident_key
 from services.decoder.settings import DecoderSettings
 from sipo.decoding.request import (
@@ -24,6 +25,7 @@ from sipo.errors import InvalidRequest
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import BASE, MOD
 from sipo.targets import Target, resolve_target
+from sipo.words import counted
 
 
 class ChoiceFields(BaseModel):
@@ -48,11 +50,13 @@ class ChoiceFields(BaseModel):
 
 @dataclass(frozen=True)
 class Choice:
-    """What answers a request: the sets that must be in memory for it (none for the base), and the fields of every reply."""
+    """What answers a request: the sets that must be in memory for it (none for the base), and the fields of every reply.
+    `chat_template` is that of the set that the request names, if it has its own."""
 
     mixture: Mixture
     policy_sets: tuple[PolicySet, ...]
     effective: dict[str, Any]
+    chat_template: str | None = None
 
 
 class Chooser:
@@ -70,9 +74,13 @@ class Chooser:
             policy_set=fields.policy_set,
             base_names=(BASE, self._settings.model),
         )
+        if target.policy_set is None:
+            return self._mix(target, fields)
+        target.policy_set.check_base(self._base_sha256)
+        return replace(self._mix(target, fields), chat_template=target.policy_set.manifest.prompt_format.chat_template)
+
+    def _mix(self, target: Target, fields: ChoiceFields) -> Choice:
         policy_set = target.policy_set
-        if policy_set is not None:
-            policy_set.check_base(self._base_sha256)
         if fields.mixing == LINEAR:
             return self._linear(target, fields)
         if fields.coefficients is not None:
@@ -87,7 +95,7 @@ class Chooser:
             rule=fields.mixing or REVERSE_KL,
             alpha=fields.mixing_alpha,
         )
-        self._check_room(chosen, (policy_set,), ", or ask for mode soup")
+        self._check_room(chosen, (policy_set,), "ask for mode soup")
         shown = {"policy_set": policy_set.id, "preference_weights": effective}
         if chosen.rule != REVERSE_KL:
             shown["mixing"] = chosen.rule
@@ -124,12 +132,13 @@ class Chooser:
         policy_set.check_base(self._base_sha256)
         return policy_set
 
-    def _check_room(self, chosen: Mixture, sets: tuple[PolicySet, ...], otherwise: str = "") -> None:
+    def _check_room(self, chosen: Mixture, sets: tuple[PolicySet, ...], otherwise: str = "name fewer") -> None:
         slots, models = self._settings.decoder_slots, len(chosen.entries)
         if models > slots:
+            more = f"start it with SIPO_DECODER_SLOTS={models}, or " if models <= MAX_SLOTS else ""
             raise InvalidRequest(
-                f"this request mixes {models} models (with mixing {chosen.rule}), this decoder has {slots} slots: start it with "
-                f"SIPO_DECODER_SLOTS={models}{otherwise}",
+                f"this request mixes {models} models (with mixing {chosen.rule}), this decoder has {counted(slots, 'slot')}: "
+                f"{more}{otherwise}",
                 param="policy_set",
             )
         if len(sets) > self._settings.decoder_sets:

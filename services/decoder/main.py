@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,20 +14,29 @@ from services.common.settings import load
 from services.common.web.app import serve
 from services.decoder.app import Engine, create_app
 from services.decoder.settings import DecoderSettings
+from services.decoder.start import settle
 from sipo.decoding.vllm import set_environment
+from sipo.errors import InvalidRequest, NotFound
+from sipo.models import resolve_model
 
 
 def main() -> None:
     settings = load(DecoderSettings)
     logging.configure("decoder", settings.log_level)
-    set_environment(kv_cache_gib=settings.decoder_kv_cache_gib, threads=settings.decoder_threads)
+    try:
+        folder = resolve_model(settings.model, settings.cache_dir)
+        set_environment(kv_cache_gib=settings.decoder_kv_cache_gib, threads=settings.decoder_threads)
+        # The model's folder has all that is needed: nothing may wait for a hub that is not there.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        server = importlib.import_module("sipo.decoding.vllm.server")  # now that its environment is set
+        server.check_start(folder, settings.decoder_tool_parser)
+        settings = settle(settings, folder)
+    except (InvalidRequest, NotFound) as error:
+        print(error.message, file=sys.stderr)
+        raise SystemExit(2) from None  # another start would end the same
 
     @asynccontextmanager
     async def open_engine(model: Path) -> AsyncIterator[Engine]:
-        # The model's folder has all that is needed: nothing may wait for a hub that is not there.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        # Importing vLLM takes seconds: in a thread, so that /ready answers meanwhile.
-        server = await asyncio.to_thread(importlib.import_module, "sipo.decoding.vllm.server")
         async with server.openai_server(
             model,
             settings.model,

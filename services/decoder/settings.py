@@ -6,18 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from services.common.settings import CommonSettings, Port
+from services.common.limits import MixingSettings
+from services.common.settings import Port
 
 
-class DecoderSettings(CommonSettings):
+class DecoderSettings(MixingSettings):
     decoder_port: Port = 8001
-    decoder_slots: int = Field(default=2, ge=1, le=8, description="rows per token: how many policies one request can mix")
     decoder_sets: int = Field(default=2, ge=1, le=16, description="policy sets in memory at rest; others are loaded on demand")
     decoder_max_coefficient: float = Field(default=10, gt=0, description="bound of linear mixing's coefficients, either sign")
     decoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto is bfloat16 where the processor computes in it"
     )
-    decoder_max_model_len: int | None = Field(default=4096, ge=16, description="prompt and response together, in tokens")
     decoder_max_num_seqs: int = Field(default=64, ge=1, description="requests in one batch")
     decoder_tool_parser: str | None = Field(
         default=None, description="how the model writes calls of tools: a name of vLLM's --tool-call-parser, such as hermes"

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from services.common.background import end_tasks
-from sipo.policies import PolicySet
+from sipo.policies import Draft, PolicySet
+from sipo.prompts import PromptFormat
 from support.decoder import ServedDecoder
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,25 @@ async def test_a_callers_own_mixture_or_salt_cannot_replace_ours(served_decoder:
     with_own = await served_decoder.complete("Once upon a time", model="demo", mode="warm", vllm_xargs=forged, cache_salt="mine")
 
     assert with_own["choices"][0]["text"] == plain["choices"][0]["text"]
+
+
+async def test_policies_with_a_chat_template_of_their_own_are_asked_in_it(served_decoder: ServedDecoder, demo: PolicySet) -> None:
+    """The tokens that vLLM makes of a conversation are those of scoring and training. A caller's template is refused."""
+    template = (
+        "{% for m in messages %}[{{ m.role | upper }}]\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[A]\n{% endif %}"
+    )
+    own = PromptFormat.of(served_decoder.tokenizer, system="Be brief.", chat_template=template)
+    draft = Draft(name="own", base=demo.manifest.base, prompt_format=own, objectives=demo.objectives, beta=0.1)
+    served_decoder.store.publish(draft, served_decoder.adapters(seed=1), served_decoder.base, activate=True)
+    ask = {"messages": own.messages("Where is Paris?"), "max_tokens": 4, "ignore_eos": True, "return_token_ids": True}
+
+    for name, prompt_format in (("own", own), ("demo", demo.manifest.prompt_format)):
+        reply = (await served_decoder.post("/v1/chat/completions", model=name, **ask)).json()
+        expected = prompt_format.model_copy(update={"system": "Be brief."}).prompt_ids("Where is Paris?", served_decoder.tokenizer)
+        assert reply["prompt_token_ids"] == expected
+        assert reply["choices"][0]["token_ids"] == await served_decoder.tokens(expected, model=name, max_tokens=4)
+    refused = await served_decoder.post("/v1/chat/completions", model="own", chat_template="x", **ask)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "chat_template")
 
 
 async def test_routes_that_would_name_no_mixture_do_not_exist(served_decoder: ServedDecoder) -> None:

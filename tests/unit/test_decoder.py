@@ -21,6 +21,7 @@ from sipo.decoding.request import EXTRA_ARG, Mixture
 from sipo.errors import IncompatiblePolicy, InvalidRequest, SipoError, Unavailable
 from sipo.models import model_sha256
 from sipo.policies import AdapterRef, PolicySet, PolicyStore, adapter_sha256
+from sipo.prompts import PromptFormat
 from tests.fakes import FakeEngine, client_of, served, write_policy_set
 
 OBJECTIVES = ["concise", "warm"]
@@ -28,9 +29,15 @@ WEIGHTS = {"concise": 0.7, "warm": 0.3}
 SHA = "0" * 64
 
 
-def publish(store: PolicyStore, identifier: str, objectives: list[str] = OBJECTIVES, base_sha256: str = SHA) -> PolicySet:
+def publish(
+    store: PolicyStore,
+    identifier: str,
+    objectives: list[str] = OBJECTIVES,
+    base_sha256: str = SHA,
+    prompt_format: PromptFormat | None = None,
+) -> PolicySet:
     """A current set as far as the decoder's service reads it; its adapters' files have only a name and a hash."""
-    manifest = write_policy_set(store.root, identifier, objectives, current=True)
+    manifest = write_policy_set(store.root, identifier, objectives, current=True, prompt_format=prompt_format)
     folder = store.root / identifier.replace(":", "/")
     refs = {}
     for objective in objectives:
@@ -88,6 +95,17 @@ def choose_set(chooser: Chooser, model: str) -> str:
     return policy_set.id
 
 
+def test_a_set_is_asked_in_its_own_chat_template(store: PolicyStore) -> None:
+    own = PromptFormat(chat_template_sha256="0", chat_template="{{ messages }}")
+    publish(store, "own:1", prompt_format=own)
+    publish(store, "demo:1")
+    templates = [
+        chooser(store).choose(ChoiceFields(**fields)).chat_template
+        for fields in ({"model": "own:1"}, {"model": "own:1", "mode": "base"}, {"model": "demo:1"}, {"model": "base"})
+    ]
+    assert templates == ["{{ messages }}", "{{ messages }}", None, None]
+
+
 def test_a_rule_says_how_the_policies_are_mixed(store: PolicyStore) -> None:
     publish(store, "demo:1")
     same = chooser(store, slots=3)
@@ -125,6 +143,10 @@ def test_a_set_that_needs_more_slots_says_how_to_start_the_decoder(store: Policy
         choose(store, model="three")
     assert len(choose(store, model="three", slots=3)) == 3
     assert len(choose(store, model="three", mode="soup")) == 1
+
+    publish(store, "nine:1", [f"o{i}" for i in range(9)])
+    with pytest.raises(InvalidRequest, match="this decoder has 8 slots: ask for mode soup"):
+        choose(store, model="nine", slots=8)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +300,21 @@ async def test_a_refused_set_leaves_the_others_where_they_are(store: PolicyStore
         pass
 
 
+async def test_current_sets_that_cannot_be_mixed_are_told_at_the_start(
+    store: PolicyStore, data_dir: Path, tiny_base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(store, "demo:1")
+    publish(store, "three:2", ["a", "b", "c"])
+    (publish(store, "damaged:1").folder / "manifest.json").write_text("{")
+
+    async with running(FakeEngine(), data_dir, tiny_base):
+        while "more objectives" not in caplog.text:  # noqa: ASYNC110  # it looks at the sets when it is ready already
+            await asyncio.sleep(0.01)
+
+    [told] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "objectives={'three:2': 3} slots=2" in told
+
+
 # What passes through
 
 
@@ -336,6 +373,15 @@ async def test_what_is_no_request_is_a_callers_error(client: httpx.AsyncClient, 
     reply = await client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
 
     assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize("own", [{"chat_template": "x"}, {"chat_template_kwargs": {"chat_template": "x"}}])
+async def test_a_callers_chat_template_does_not_reach_the_engine(client: httpx.AsyncClient, own: dict[str, Any]) -> None:
+    reply = await client.post(
+        "/v1/chat/completions", json={"model": "demo", "messages": [{"role": "user", "content": "Hi"}], **own}
+    )
+
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "chat_template")
 
 
 @pytest.mark.parametrize("empty", [{"prompt": ""}, {"prompt": []}, {"prompt": ["Hi", ""]}, {"messages": [{"role": "user"}]}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -174,6 +175,85 @@ def test_a_name_without_an_active_set_says_which_versions_there_are(
     store.publish(draft(), adapters, base)
     with pytest.raises(NotFound, match="demo:1, none of them activated"):
         store.get("demo")
+
+
+def a_copy(store: PolicyStore) -> None:
+    shutil.copytree(store.root / "demo" / "1", store.root / "demo" / "current")
+
+
+def a_file(store: PolicyStore) -> None:
+    (store.root / "demo" / "current").write_text("1\n")
+
+
+@pytest.mark.parametrize("restore", [a_copy, a_file])
+def test_what_a_backup_made_of_the_link_is_read_and_replaced(
+    store: PolicyStore, adapters: dict[str, Path], base: Path, restore: Callable[[PolicyStore], None]
+) -> None:
+    for _ in range(2):
+        store.publish(draft(), adapters, base)
+    restore(store)
+    assert store.get("demo").id == "demo:1"
+    assert store.activate("demo:2").id == store.get("demo").id == "demo:2"
+    assert sorted(path.name for path in (store.root / "demo").iterdir()) == ["1", "2", "current"]
+
+
+def nowhere(current: Path) -> None:
+    current.symlink_to("7")
+
+
+def another_folder(current: Path) -> None:
+    current.mkdir()
+
+
+def other_bytes(current: Path) -> None:
+    current.write_bytes(b"\xff\x00")
+
+
+@pytest.mark.parametrize("break_it", [nowhere, another_folder, other_bytes])
+def test_a_current_that_means_no_version_says_what_to_do(
+    store: PolicyStore, adapters: dict[str, Path], base: Path, break_it: Callable[[Path], None]
+) -> None:
+    store.publish(draft(), adapters, base)
+    break_it(store.root / "demo" / "current")
+    assert store.current_sets() == []
+    with pytest.raises(Conflict, match=r"names no version of 'demo', whose sets are demo:1: .*activate demo:VERSION"):
+        store.get("demo")
+    assert store.activate("demo:1").id == store.get("demo").id == "demo:1"
+
+
+def test_a_deleted_version_is_gone_and_its_number_is_not_given_again(
+    store: PolicyStore, adapters: dict[str, Path], base: Path
+) -> None:
+    store.publish(draft(), adapters, base, activate=True)
+    second = store.publish(draft(), adapters, base)
+    assert store.delete("demo:2").id == "demo:2"
+    assert [known.id for known in store.sets()] == ["demo:1"]
+    with pytest.raises(NotFound, match="not there any more"):
+        second.verify()
+    assert store.publish(draft(), adapters, base).id == "demo:3"
+
+
+def test_the_current_set_is_deleted_only_as_the_last(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    store.publish(draft(), adapters, base, activate=True)
+    store.publish(draft(), adapters, base)
+    with pytest.raises(Conflict, match=r"demo:1 is current: .*sipo policies activate demo:2"):
+        store.delete("demo:1")
+    store.delete("demo:2")
+    store.delete("demo:1")
+    assert (store.names(), store.current("demo")) == ([], None)
+    assert store.publish(draft(), adapters, base, activate=True).id == "demo:3"
+
+
+def test_a_set_with_a_child_is_not_deleted_before_it(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    store.publish(draft(), adapters, base)
+    child = draft("other").model_copy(update={"parent": "demo:1"})
+    store.publish(child, adapters, base)
+    with pytest.raises(Conflict, match="other:1 descends from demo:1"):
+        store.delete("demo:1")
+    with pytest.raises(InvalidRequest, match="demo:1"):
+        store.delete("demo")
+    store.delete("other:1")
+    store.delete("demo:1")
 
 
 BAD_ADAPTERS: list[tuple[str, dict[str, object]]] = [

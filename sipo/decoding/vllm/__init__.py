@@ -19,6 +19,14 @@ server     vLLM's OpenAI server as an ASGI app
 from __future__ import annotations
 
 import os
+import tempfile
+
+from sipo.errors import InvalidRequest
+
+SOCKET_PATH = 107
+"""Bytes that the path of a Unix socket may have."""
+SOCKET_NAME = 36
+"""Bytes of the name that vLLM gives one: a UUID."""
 
 
 def register() -> None:
@@ -38,7 +46,21 @@ def set_environment(*, kv_cache_gib: int, threads: int | None) -> None:
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
+    if "VLLM_RPC_BASE_PATH" not in os.environ:
+        defaults["VLLM_RPC_BASE_PATH"] = _folder_for_sockets()
     if threads is not None:
         defaults["OMP_NUM_THREADS"] = str(threads)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _folder_for_sockets() -> str:
+    """Where the engine's processes meet: the temporary folder, or another one if its name is too long (a cluster's TMPDIR, say).
+    Raises InvalidRequest if there is none."""
+    usual = tempfile.gettempdir()
+    for folder in (usual, "/tmp", "/var/tmp", "/dev/shm"):
+        if len(os.fsencode(folder)) + 1 + SOCKET_NAME <= SOCKET_PATH and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise InvalidRequest(
+        f"TMPDIR={usual} is too long for the decoder's sockets: set TMPDIR, or VLLM_RPC_BASE_PATH, to a shorter folder"
+    )

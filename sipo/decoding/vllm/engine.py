@@ -35,23 +35,11 @@ def engine_arguments(
     are the columns that all resident sets' adapters have together then. Raises InvalidRequest for an architecture that the plugin
     was not made for.
     """
-    from vllm import ModelRegistry
-    from vllm.plugins import load_general_plugins
-
-    load_general_plugins()
     gpu = torch.cuda.is_available()
     compiled = gpu if compiled is None else compiled
-    config = json.loads((model / "config.json").read_text())
-    architecture = ARCHITECTURE_PREFIX + config["architectures"][0]
-    supported = [name for name in ModelRegistry.get_supported_archs() if name.startswith(ARCHITECTURE_PREFIX)]
-    if not supported:
-        raise RuntimeError("vLLM does not find the plugin sipo: install this project again (pip install -e .)")
-    if architecture not in supported:
-        known = ", ".join(sorted(name.removeprefix(ARCHITECTURE_PREFIX) for name in supported))
-        raise InvalidRequest(f"{model} is a {config['architectures'][0]}: the decoder mixes {known}", param="model")
     return {
         "model": str(model),
-        "hf_overrides": {"architectures": [architecture]},
+        "hf_overrides": {"architectures": [served_architecture(model)]},
         "dtype": str(torch_dtype("auto")).removeprefix("torch.") if dtype == "auto" else dtype,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
@@ -70,3 +58,20 @@ def engine_arguments(
         "tensor_parallel_size": tensor_parallel,
         "distributed_executor_backend": UNIPROC if tensor_parallel == 1 else "mp",
     }
+
+
+def served_architecture(model: Path) -> str:
+    """The plugin's architecture for a model. Raises InvalidRequest for one that the plugin was not made for."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    supported = [name for name in ModelRegistry.get_supported_archs() if name.startswith(ARCHITECTURE_PREFIX)]
+    if not supported:
+        raise RuntimeError("vLLM does not find the plugin sipo: install this project again (pip install -e .)")
+    config = json.loads((model / "config.json").read_text())
+    [named, *_] = config.get("architectures") or ["model that names no architecture"]
+    if ARCHITECTURE_PREFIX + named not in supported:
+        known = ", ".join(sorted(name.removeprefix(ARCHITECTURE_PREFIX) for name in supported))
+        raise InvalidRequest(f"{model} is a {named}: the decoder mixes {known}", param="model")
+    return f"{ARCHITECTURE_PREFIX}{named}"

@@ -17,12 +17,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from sipo.decoding.vllm.engine import engine_arguments
+from sipo.decoding.vllm.engine import engine_arguments, served_architecture
 from sipo.decoding.vllm.worker import check_loaded
+from sipo.errors import InvalidRequest
 
 
 class OpenAIServer:
@@ -55,6 +57,14 @@ class OpenAIServer:
         await self._client.wake_up()
 
 
+def check_start(model: Path, tool_parser: str | None) -> None:
+    """Raises InvalidRequest for an architecture that the plugin was not made for, and for a parser that vLLM does not have."""
+    served_architecture(model)
+    known = ToolParserManager.list_registered()
+    if tool_parser is not None and tool_parser not in known:
+        raise InvalidRequest(f"SIPO_DECODER_TOOL_PARSER={tool_parser} is none of vLLM's: {', '.join(known)}")
+
+
 @asynccontextmanager
 async def openai_server(
     model: Path, served_name: str, *, slots: int, gpu_memory: float, tool_parser: str | None, sleeps: bool, **engine: Any
@@ -72,6 +82,7 @@ async def openai_server(
         "disable_fastapi_docs": True,
         "tool_call_parser": tool_parser,
         "enable_auto_tool_choice": tool_parser is not None,
+        "trust_request_chat_template": True,  # policies may have their own; whoever asks us lets no caller's pass
         "enable_prompt_tokens_details": True,  # how many came from the prefix cache
     }
     vars(args).update(settings)
