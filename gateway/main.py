@@ -14,7 +14,7 @@ from services.common.web.replicas import replica_client
 
 
 def main() -> None:
-    settings = load(GatewaySettings)
+    settings = load(GatewaySettings, writes=True)
     logging.configure("gateway", settings.log_level)
     # A long answer says nothing until it is done, and how many callers there are is not ours to limit: the decoder queues.
     timeout = httpx.Timeout(None, connect=5)

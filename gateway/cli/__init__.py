@@ -5,6 +5,8 @@ Commands on jobs and answers talk to a running gateway; those on data and polici
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from gateway.cli import jobs, policies, queue
@@ -16,6 +18,7 @@ from gateway.cli.score.command import score
 from gateway.cli.train.command import train
 from gateway.cli.train.sft import sft
 from gateway.cli.up import up
+from gateway.cli.version import show_version
 
 app = typer.Typer(
     cls=CommandLine,
@@ -24,6 +27,17 @@ app = typer.Typer(
     help="Multi-objective language models: serve any preference weight, improve towards Pareto optimality.",
     epilog="Settings are environment variables: SIPO_DATA_DIR (~/.sipo), SIPO_MODEL (smollm2-135m), SIPO_REDIS_URL (embedded).",
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="Print what is installed, and in which version.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(up)
 app.command()(demo)
 app.command()(generate)

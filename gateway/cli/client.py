@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -15,6 +16,11 @@ from sipo.http_errors import service_error
 
 GatewayUrl = Annotated[str, typer.Option("--url", envvar="SIPO_GATEWAY_URL", help="Where the gateway listens.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def job_path(job: str, what: str = "") -> str:
+    """Of a job, or of `what` it left. A caller's id stays one part of the path, whatever is in it."""
+    return "/".join(("/v1/jobs", quote(job, safe=""), *([what] if what else [])))
 
 
 class Gateway:
@@ -28,16 +34,27 @@ class Gateway:
         )
 
     def get(self, path: str) -> Any:
-        return self._request("GET", path).json()
-
-    def text(self, path: str) -> str:
-        return self._request("GET", path).text
+        return self._answer(self._request("GET", path))
 
     def post(self, path: str, **content: Any) -> Any:
-        return self._request("POST", path, **content).json()
+        return self._answer(self._request("POST", path, **content))
+
+    def delete(self, path: str) -> None:
+        self._request("DELETE", path)
 
     def job(self, job: str) -> Job:
-        return Job.model_validate(self.get(f"/v1/jobs/{job}"))
+        return Job.model_validate(self.get(job_path(job)))
+
+    def stream(self, path: str) -> Iterator[bytes]:
+        """A file of the gateway's, as it comes."""
+        try:
+            with self._http.stream("GET", path) as reply:
+                if reply.is_error:
+                    reply.read()
+                    raise self._error(reply)
+                yield from reply.iter_bytes()
+        except httpx.TransportError as error:
+            raise self._unreachable() from error
 
     def stream_chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer as they come."""
@@ -65,6 +82,12 @@ class Gateway:
         if reply.is_error:
             raise self._error(reply)
         return reply
+
+    def _answer(self, reply: httpx.Response) -> Any:
+        try:
+            return reply.json()
+        except ValueError:
+            raise SipoError(f"what answers at {self.url} is no SIPO gateway: give --url") from None
 
     def _error(self, reply: httpx.Response) -> SipoError:
         return service_error(reply, f"the gateway at {self.url}")

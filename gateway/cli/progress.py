@@ -11,6 +11,7 @@ from gateway.cli.console import console
 from services.common.contract.job_store import Job
 from services.common.contract.jobs import JobState
 from sipo.training.settings import Progress as Training
+from sipo.words import counted
 
 LINE_SECONDS = 15.0
 """Off a terminal, at most one line in this time for one stage."""
@@ -18,7 +19,7 @@ LINE_SECONDS = 15.0
 
 def watch_job(fetch: Callable[[], Job], *, every: float = 1.0) -> Job:
     """Shows the job until it has ended; returns it as it ended."""
-    show = _show_live if console.is_terminal else _show_lines
+    show = _show_live if console.is_interactive else _show_lines
     return show(fetch, every)
 
 
@@ -32,7 +33,7 @@ def detail(job: Job) -> str:
 def _numbers(job: Job) -> str:
     if (training := _training(job)) is not None:
         if training.stage == "reference":
-            done = f"reference has scored {training.step} of {training.of} pairs"
+            done = f"reference has scored {training.step} of {counted(training.of, 'pair')}"
         else:
             done = f"step {training.step} of {training.of}, loss {training.loss:.4f}"
         note = f" ({training.note})" if training.note else ""
@@ -41,7 +42,8 @@ def _numbers(job: Job) -> str:
         return ""
     counts = job.counts
     return (
-        f"of {job.total} prompts {counts.sampled} have candidates, {counts.decided} are decided: "
+        f"of {counted(job.total, 'prompt')} {counts.sampled} {'has' if counts.sampled == 1 else 'have'} candidates, "
+        f"{counts.decided} {'is' if counts.decided == 1 else 'are'} decided: "
         f"{counts.accepted} accepted, {counts.none} without a better answer, {counts.failed} failed"
     )
 
@@ -53,7 +55,7 @@ def _training(job: Job) -> Training | None:
 
 
 def _show_live(fetch: Callable[[], Job], every: float) -> Job:
-    words, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
+    words, numbers = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[detail]}", markup=False)
     stage: TaskID | None = None
     at: tuple[int, JobState] | None = None
     with Progress(SpinnerColumn(), words, BarColumn(bar_width=20), TimeElapsedColumn(), numbers, console=console) as progress:

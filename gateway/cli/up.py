@@ -27,7 +27,7 @@ def up(
 
       SIPO_MODEL=smollm2-135m sipo up --port 8080
     """
-    settings = load(GatewaySettings)
+    settings = load(GatewaySettings, writes=True)
     port = port or settings.gateway_port
     if settings.model == BUNDLED_MODEL:
         publish_shipped(settings)

@@ -9,18 +9,32 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from sipo.policies import PolicyStore
 from sipo.preferences import ObjectiveName
+from sipo.validation import requirement
 
 PREFIX = "SIPO_"
+KEPT_IN = ("data_dir", "cache_dir")
+"""The fields that name the folders in which the system keeps its files."""
 
-Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("there is no home folder") from None
+    except OSError as error:
+        raise ValueError(f"the folder that it is relative to is gone: {error.strerror}") from None
+
+
+Folder = Annotated[Path, AfterValidator(_absolute)]
 Port = Annotated[int, Field(ge=1, le=65535, description="the port to listen on")]
 
 
@@ -90,20 +104,64 @@ class TeacherSettings(CommonSettings):
 S = TypeVar("S", bound=CommonSettings)
 
 
-def load(settings: type[S]) -> S:
-    """The settings from the environment; a bad value ends the process with status 2 and one sentence naming the variable."""
+def load(settings: type[S], *, writes: bool = False) -> S:
+    """The settings from the environment; a bad value ends the process with status 2 and one sentence naming the variable.
+
+    The folders in which the system keeps its files must be there, or such that they can be made. `writes`: the process cannot do
+    without a data folder that it may write in, so it is made, and tried, at once.
+    """
     try:
-        return settings()
+        loaded = settings()
     except SettingsError as error:  # a variable that should be JSON; pydantic-settings names its field
         field = str(error).split('"')[1]
-        print(f"{PREFIX}{field.upper()} is not usable: it must be JSON.", file=sys.stderr)
-        raise SystemExit(2) from None
+        _stop(f"{PREFIX}{field.upper()} is not usable: it must be JSON.")
     except ValidationError as error:
         first = error.errors()[0]
         field, *inside = map(str, first["loc"])
+        if field in KEPT_IN and first["type"] == "value_error":
+            _stop(_no_place(field, first["input"], requirement(first)))
         variable = PREFIX + field.upper()
         # Only what is a whole variable is shown: inside JSON there may be keys.
         given = f"={first['input']!r}" if first["input"] == os.environ.get(variable) else ""
         where = "".join(f"{part}: " for part in inside)
-        print(f"{variable}{given} is not usable: {where}{first['msg']}.", file=sys.stderr)
-        raise SystemExit(2) from None
+        _stop(f"{variable}{given} is not usable: {where}{requirement(first)}.")
+    for field in KEPT_IN:
+        folder: Path = getattr(loaded, field)
+        if reason := _why_unusable(folder):
+            _stop(_no_place(field, folder, reason))
+    if writes and (reason := _why_unwritable(loaded.data_dir)):
+        _stop(_no_place("data_dir", loaded.data_dir, reason))
+    return loaded
+
+
+def _stop(sentence: str) -> NoReturn:
+    print(sentence, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _no_place(field: str, folder: object, reason: str) -> str:
+    return f"{PREFIX}{field.upper()}={folder} cannot be used ({reason}): set it to a folder that may be written"
+
+
+def _why_unusable(folder: Path) -> str | None:
+    """None for a folder that can be read (a reader needs no more) or made."""
+    try:
+        if folder.is_dir():
+            return None if os.access(folder, os.R_OK | os.X_OK) else "it may not be read"
+        if os.path.lexists(folder):
+            return "it is no folder"
+        above = next(parent for parent in folder.parents if os.path.lexists(parent))
+        if not above.is_dir():
+            return f"{above} is no folder"
+        return None if os.access(above, os.W_OK | os.X_OK) else f"it is not there, and {above} may not be written"
+    except OSError as error:
+        return error.strerror
+
+
+def _why_unwritable(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror

@@ -26,7 +26,7 @@ from services.trainer.decisions import DecisionLog
 from services.trainer.decoders import asleep
 from services.trainer.reporting import why_not_trainable
 from services.trainer.rounds import Stages
-from sipo.errors import Conflict, SipoError, Unavailable
+from sipo.errors import Conflict, NotFound, SipoError, Unavailable
 from sipo.training.settings import Progress
 
 log = structlog.get_logger(__name__)
@@ -57,6 +57,10 @@ class Lifecycle:
                 except RedisError as error:
                     log.warning("the queue server does not answer", error=str(error))
                     jobs = []
+                else:
+                    for deleted in following.keys() - {job.id for job in jobs}:
+                        await end_tasks(following.pop(deleted))
+                        self._logs.pop(deleted, None)
                 for job in reversed(jobs):  # the oldest first
                     task = following.get(job.id)
                     if task is not None and (task.done() or job.state == JobState.CANCELLED):
@@ -184,7 +188,11 @@ class Lifecycle:
                 log.warning("interrupted", error=str(error))
 
     async def _failed(self, job: Job, error: Exception) -> None:
-        current = await self.jobs.get(job.id)
+        try:
+            current = await self.jobs.get(job.id)
+        except NotFound:
+            log.info("deleted meanwhile", reason=str(error))
+            return
         if current.state.ended or self.lease.lost.is_set():
             log.info("ended from outside", reason=str(error))
             return

@@ -12,7 +12,7 @@ from services.trainer.settings import TrainerSettings
 
 
 def main() -> None:
-    settings = load(TrainerSettings)
+    settings = load(TrainerSettings, writes=True)
     logging.configure("trainer", settings.log_level)
     decoders = decoder_clients(settings.decoder_url) if settings.decoder_sleeps else []
     serve(create_app(settings, connect(settings.redis_url), open_stages, decoders), settings.host, settings.trainer_port)

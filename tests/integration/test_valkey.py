@@ -23,6 +23,18 @@ def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
         assert redis.Redis.from_url(url, decode_responses=True).xrange("stream")[0][1] == {"data": "kept"}  # type: ignore[index]
 
 
+@pytest.mark.parametrize("name", ["a \"b' c é", "back\\slash", "line\nbreak", "$x #y", "\udcff"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    with server(folder) as left:
+        redis.Redis.from_url(left).set("key", "value")
+        assert (folder / "appendonlydir").is_dir()
+        with server(folder) as url:
+            assert redis.Redis.from_url(url).get("key") == b"value"
+            with pytest.raises(redis.ConnectionError):
+                redis.Redis.from_url(left).ping()
+
+
 def test_a_server_left_in_the_folder_is_stopped_before_another_starts(tmp_path: Path) -> None:
     with server(tmp_path) as left:
         redis.Redis.from_url(left).set("key", "value")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from services.common.background import begin, beside, end_tasks
+from services.common.background import BAD_SETTINGS, begin, beside, end_tasks
 
 SERVES_WITH_DYING_WORK = """
 import asyncio
@@ -34,6 +34,20 @@ def test_a_process_whose_work_dies_says_so_and_ends() -> None:
     ended = subprocess.run([sys.executable, "-c", SERVES_WITH_DYING_WORK], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == -signal.SIGTERM
     assert '"work": "feed"' in ended.stderr and "ValueError: a bug" in ended.stderr and '"level": "critical"' in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        ("NotFound('no such model: give a folder')", "no such model: give a folder"),
+        ("PermissionError(13, 'Permission denied', '/x')", "cannot use /x: Permission denied"),
+    ],
+)
+def test_what_the_operator_must_mend_ends_the_process_for_good_with_one_sentence(raised: str, sentence: str) -> None:
+    code = SERVES_WITH_DYING_WORK.replace('ValueError("a bug")', raised)
+    code = f"from sipo.errors import NotFound\n{code}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (BAD_SETTINGS, f"{sentence}\n")
 
 
 async def test_work_that_ends_or_is_ended_takes_nothing_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ COMMANDS = [
     "score",
     "sft",
     "train",
-    *(f"jobs {name}" for name in ("submit", "list", "show", "watch", "cancel")),
+    *(f"jobs {name}" for name in ("submit", "list", "show", "watch", "cancel", "delete", "pairs", "candidates", "report")),
     *(f"policies {name}" for name in ("list", "show", "activate", "import", "soup")),
     *(f"queue {name}" for name in ("show", "requeue")),
 ]

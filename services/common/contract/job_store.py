@@ -69,6 +69,7 @@ class Job(Versioned):
     error: str | None = None
     reason: str | None = Field(default=None, description="why it completed before its last round, if it did")
     artifacts: dict[str, str] = Field(default={}, description="file by name, relative to the job's folder")
+    notes: list[str] = Field(default=[], description="what was left out of the input, and by which field; what looks wrong in it")
 
 
 # KEYS job, jobs; ARGV id, time of creation, field and value… -> 1, or 0 if the id is taken
@@ -90,6 +91,21 @@ if not string.find(ARGV[1], ',' .. state .. ',', 1, true) then return state end
 if ARGV[3] ~= '' and redis.call('HGET', KEYS[1], 'round') ~= ARGV[3] then return 'round' end
 redis.call('HSET', KEYS[1], unpack(ARGV, 4))
 return 'ok'
+"""
+
+# KEYS job, jobs; ARGV id, states in which it may go (comma at both ends) -> ok | missing | the state that it is in
+DELETE = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state then return 'missing' end
+if not string.find(ARGV[2], ',' .. state .. ',', 1, true) then return state end
+redis.call('DEL', KEYS[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+return 'ok'
+"""
+
+# Only of a job that is there: a decision that comes late must not leave half of one. KEYS job; ARGV field and value…
+SET_COUNTS = """
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
 """
 
 # KEYS holder, last token; ARGV ttl in ms -> the token, or 0 if it is held
@@ -126,7 +142,8 @@ class Lease:
 class JobStore:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
-        self._create, self._change, self._acquire, self._renew = map(redis.register_script, (CREATE, CHANGE, ACQUIRE, RENEW))
+        self._create, self._change, self._delete = map(redis.register_script, (CREATE, CHANGE, DELETE))
+        self._set_counts, self._acquire, self._renew = map(redis.register_script, (SET_COUNTS, ACQUIRE, RENEW))
         self._left_out: set[str] = set()  # reasons, each logged once: services list the jobs twice a second
 
     async def create(self, spec: JobSpec, *, id: str | None = None, **fields: Any) -> Job:
@@ -185,12 +202,29 @@ class JobStore:
     async def set_counts(self, id: str, round_: int, counts: Mapping[str, int]) -> None:
         """Counts that their one writer knows as a whole: the trainer those of decisions, from what it has on disk."""
         assert counts.keys() <= Counts.model_fields.keys()
-        await self.redis.hset(job_key(id), mapping={count_field(round_, name): number for name, number in counts.items()})
+        args = [part for name, number in counts.items() for part in (count_field(round_, name), number)]
+        await self._set_counts(keys=[job_key(id)], args=args)
 
     async def cancel(self, id: str) -> Job:
         """Its messages are dropped from now on. Conflict if it has ended otherwise; cancelling twice is no error."""
         open_states = [state for state in JobState if not state.ended]
         return await self._set(id, [*open_states, JobState.CANCELLED], None, {"state": JobState.CANCELLED})
+
+    async def deletable(self, id: str) -> Job:
+        """The job, which has ended. Conflict if it has not: what works on it must be told first."""
+        job = await self.get(id)
+        if not job.state.ended:
+            raise Conflict(f"job {id} is {job.state}: cancel it first")
+        return job
+
+    async def delete(self, id: str) -> None:
+        """The record of a job that has ended, with its counts: the last that goes of it. NotFound, or Conflict as for deletable."""
+        ended = ",".join(state for state in JobState if state.ended)
+        outcome = await self._delete(keys=[job_key(id), JOBS], args=[id, f",{ended},"])
+        if outcome == "missing":
+            raise NotFound(f"no job {id!r}")
+        if outcome != "ok":
+            raise Conflict(f"job {id} is {outcome}: cancel it first")
 
     async def _set(
         self, id: str, states: Sequence[JobState], lease: Lease | None, fields: dict[str, Any], of_round: int | None = None

@@ -31,12 +31,18 @@ def dies_with_parent() -> Callable[[], None]:
     return before_exec
 
 
+_given: set[int] = set()
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports on 127.0.0.1 that were free a moment ago, all different; below those that outgoing connections are given."""
+    """Ports on 127.0.0.1 that were free a moment ago, none of which this process was given before: who got one may not listen on it
+    yet. Below those that outgoing connections are given."""
     found: list[int] = []
     for port in random.sample(range(20000, 32000), 12000):
         if len(found) == count:
             break
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.append(port)
+        if port not in _given:
+            with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                found.append(port)
+    _given.update(found)
     return found

@@ -26,10 +26,10 @@ import httpx
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from services.common.background import BAD_SETTINGS
 from services.common.local.processes import dies_with_parent
 from sipo.errors import Conflict, SipoError
 
-BAD_SETTINGS = 2  # exit status after which another start would end the same (settings.load, argparse)
 TAIL = 2000  # characters of a log that tell why a process ended
 
 
@@ -103,19 +103,28 @@ class Supervisor:
         self._children = {spec.name: _Child(spec, data_dir / "logs" / f"{spec.name}.log") for spec in specs}
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
+        self._signal: int | None = None  # the last that asked to stop
         self._failure: ProcessFailed | None = None
         self._lock: IO[str] | None = None
 
     def run(self) -> None:
-        """Until SIGINT or SIGTERM. Raises ProcessFailed, or Conflict if another supervisor has this data folder."""
+        """Until SIGINT or SIGTERM. Raises ProcessFailed, Conflict if another supervisor has this data folder, and SystemExit, with
+        the signal's status, if it was stopped before all processes were ready."""
         asyncio.run(self._run())
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stopping.set)
+            loop.add_signal_handler(number, self._interrupt, number)
         async with self:
+            all_ready = all(child.was_ready.is_set() for child in self._children.values())
             await self.wait()
+        if not all_ready and self._signal is not None:
+            raise SystemExit(128 + self._signal)
+
+    def _interrupt(self, number: int) -> None:
+        self._signal = number
+        self._stopping.set()
 
     async def wait(self) -> None:
         """Until it is asked to stop; raises ProcessFailed if a process had to be given up."""
@@ -259,6 +268,7 @@ async def _first(*waits: Awaitable[Any]) -> None:
     finally:
         for future in futures:
             future.cancel()
+        await asyncio.gather(*futures, return_exceptions=True)  # or the loop complains that nobody asked how they ended
 
 
 async def _answers(url: str | None, *, ready: bool) -> bool:

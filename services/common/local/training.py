@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from services.common.local.processes import dies_with_parent
 from sipo.errors import InvalidRequest, TrainingFailed
+from sipo.files import expanded
 from sipo.training.run_folder import METRICS
 from sipo.training.settings import ACCELERATE, Failure, Progress, TrainMetrics
 
@@ -39,7 +40,7 @@ def launch_command(accelerate: str | None = None, *, gpu_memory: float = 1) -> l
     if accelerate is None:
         return [sys.executable, *module]
     path = ACCELERATE / f"{accelerate}.yaml"
-    if not path.is_file() and not (path := Path(accelerate).expanduser()).is_file():
+    if not path.is_file() and not (path := expanded(accelerate)).is_file():
         shipped = ", ".join(sorted(one.stem for one in ACCELERATE.glob("*.yaml")))
         raise InvalidRequest(f"no accelerate configuration {accelerate!r}: give a file, or one of {shipped}")
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *module]

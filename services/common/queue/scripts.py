@@ -89,3 +89,9 @@ if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) or redis.call('XDEL', KEYS[2
 redis.call('XADD', KEYS[1], '*', 'data', ARGV[3])
 return 1
 """
+
+# KEYS stream; ARGV group, entry
+DISCARD = """
+redis.pcall('XACK', KEYS[1], ARGV[1], ARGV[2])
+redis.call('XDEL', KEYS[1], ARGV[2])
+"""

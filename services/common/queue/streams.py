@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 from prometheus_client import Gauge
+from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.common.contract.keys import CAPACITY, PROMPTS, STREAMS, count_field, dead, job_key
+from services.common.contract.keys import CAPACITY, GROUP, PROMPTS, STREAMS, count_field, dead, job_key
 from services.common.contract.messages import Message, PromptQueued
 from services.common.contract.versions import Versioned
-from services.common.queue.scripts import FEED, LEAVE, PUT, REQUEUE
+from services.common.queue.scripts import DISCARD, FEED, LEAVE, PUT, REQUEUE
 
 ABSENT = 3600.0  # seconds after which a consumer without messages is forgotten
 
@@ -63,7 +64,8 @@ class Queue:
     def __init__(self, redis: Redis, capacity: int = CAPACITY) -> None:
         self.redis = redis
         self.capacity = capacity
-        self._put, self._feed, self._leave, self._requeue = map(redis.register_script, (PUT, FEED, LEAVE, REQUEUE))
+        self._put, self._feed, self._leave = map(redis.register_script, (PUT, FEED, LEAVE))
+        self._requeue, self._discard = map(redis.register_script, (REQUEUE, DISCARD))
 
     async def put(self, stream: str, message: Message) -> None:
         """Adds a message; waits while the stream is full."""
@@ -93,6 +95,19 @@ class Queue:
                 moved += await self._requeue(keys=[stream, dead(stream)], args=[self.capacity, entry, letter.data])
         return moved
 
+    async def discard(self, job: str, models: Mapping[str, type[Message]]) -> None:
+        """Takes all messages of a job that has ended out of the streams, dead ones too: whoever holds one has lost it.
+
+        `models`: what each stream carries. What cannot be read as such is nobody's, and stays.
+        """
+        for stream, model in models.items():
+            for entry, letter in await self.dead(stream):
+                if _job_of(letter.data, model) == job:
+                    await self.redis.xdel(dead(stream), entry)
+            for entry, fields in cast(list[tuple[str, dict[str, str]]], await self.redis.xrange(stream)):
+                if _job_of(fields.get("data", ""), model) == job:
+                    await self._discard(keys=[stream], args=[GROUP, entry])
+
     async def depths(self) -> dict[str, Depth]:
         """How much lies where; also sets the gauges."""
         depths = {}
@@ -118,6 +133,13 @@ class Queue:
                 for consumer in await _stream_info(self.redis.xinfo_consumers(stream, group["name"])):
                     if consumer["idle"] >= absent * 1000:
                         await self._leave(keys=[stream], args=[group["name"], consumer["name"]])
+
+
+def _job_of(data: str, model: type[Message]) -> str | None:
+    try:
+        return model.model_validate_json(data).job
+    except ValidationError:
+        return None
 
 
 async def _stream_info(reply: Awaitable[Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 from uuid import uuid4
 
@@ -21,6 +22,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
+from services.common.background import for_the_operator, give_up
 from services.common.settings import CommonSettings
 from sipo.errors import SipoError, Unavailable
 
@@ -157,5 +159,24 @@ class Requests:
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM; then ends what runs (at most REQUESTS_GRACE seconds) and the lifespan, and returns."""
+    """Serves until SIGINT or SIGTERM; then ends what runs (at most REQUESTS_GRACE seconds) and the lifespan, and returns.
+
+    What the process was given and cannot work with, such as a folder that is no model, ends it with status 2 and one sentence.
+    """
+    app.router.lifespan_context = _plain_spoken(app.router.lifespan_context)
     uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=int(REQUESTS_GRACE))
+
+
+def _plain_spoken(lifespan: Lifespan[FastAPI]) -> Lifespan[FastAPI]:
+    @asynccontextmanager
+    async def started(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(lifespan(app))
+            except Exception as error:
+                if sentence := for_the_operator(error):
+                    give_up(sentence)
+                raise
+            yield
+
+    return started
