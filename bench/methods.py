@@ -28,7 +28,7 @@ from gateway.shipped import publish_shipped
 from services.common.contract.messages import PromptDecided
 from services.common.local.training import run_child
 from services.trainer.pairs import pareto_pairs_of
-from sipo.datasets import bundled_examples
+from sipo.datasets import answers_of, bundled_examples
 from sipo.lora import load_adapter
 from sipo.models import BUNDLED_MODEL, Base
 from sipo.policies import Draft, PolicySet, PolicyStore
@@ -155,9 +155,15 @@ def fine_tune(bundled: Bundled, settings: GatewaySettings) -> tuple[float, float
     run = SftRun(base.folder, base.ref.name, bundled.shipped.manifest.prompt_format, PRESET.sft)
     out = FOLDER / "sft"
     if not (out / RECIPE).exists():
-        train_sft(run, bundled_examples("train")[:MAX_PAIRS], out, lambda _progress: None, cache_dir=settings.cache_dir)
+        train_sft(
+            run,
+            list(map(answers_of, bundled_examples("train")[:MAX_PAIRS])),
+            out,
+            lambda _progress: None,
+            cache_dir=settings.cache_dir,
+        )
     # Below 40 prompts sft_rows holds nothing out, above it some: here both parts are held out.
-    rows = sft_rows(held_out(), run.prompt_format, base.tokenizer, run.settings)
+    rows = sft_rows(map(answers_of, held_out()), run.prompt_format, base.tokenizer, run.settings)
     return (_loss(base.folder, [*rows.train, *rows.validation]), _loss(out, [*rows.train, *rows.validation]))
 
 

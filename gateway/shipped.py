@@ -10,7 +10,8 @@ from sipo.errors import InvalidRequest
 from sipo.models import BUNDLED_MODEL, Base
 from sipo.policies import Draft, Manifest, PolicySet
 
-FOLDER = Path(str(files("sipo"))) / "data" / "policies" / "demo"
+SHIPPED = "demo"
+FOLDER = Path(str(files("sipo"))) / "data" / "policies" / SHIPPED
 
 
 def publish_shipped(settings: CommonSettings) -> PolicySet:
@@ -29,3 +30,11 @@ def publish_shipped(settings: CommonSettings) -> PolicySet:
     fields = {name: getattr(shipped, name) for name in Draft.model_fields} | {"base": base.ref}
     adapters = {name: FOLDER / name for name in shipped.objectives}
     return store.publish(Draft(**fields), adapters, base.folder, activate=store.current(shipped.name) is None)
+
+
+def get_set(settings: CommonSettings, reference: str) -> PolicySet:
+    """The set of NAME or NAME:VERSION. The shipped policies are there before anything was ever started. Raises NotFound."""
+    asked = reference.partition(":")[0] == SHIPPED
+    if asked and settings.model == BUNDLED_MODEL and SHIPPED not in settings.policies.names():
+        publish_shipped(settings)
+    return settings.policies.get(reference)

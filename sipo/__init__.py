@@ -1,7 +1,7 @@
 """The paper as a library, which all services share.
 
-What other libraries read from the environment when they are loaded is set here, because this comes before any of them in every process
-of ours. What the operator has set stays.
+What other libraries read from the environment when they are loaded is set here, because this comes before any of them in every
+process of ours. What the operator has set stays.
 """
 
 import os

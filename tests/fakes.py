@@ -15,6 +15,7 @@ import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from services.common.limits import Limits
 from sipo.errors import IncompatiblePolicy, Unavailable
 from sipo.models import BaseModelRef
 from sipo.policies import Manifest
@@ -62,6 +63,7 @@ class FakeDecoder:
         self.pace: asyncio.Semaphore | None = None
         self.error: tuple[int, dict[str, Any]] | None = None
         self.breaks_after: int | None = None
+        self.limits = Limits(slots=2, max_model_len=4096)
         self.bodies: list[dict[str, Any]] = []
         self.asked = asyncio.Event()
         self.stopped = asyncio.Event()
@@ -69,6 +71,7 @@ class FakeDecoder:
         self.app.post("/v1/chat/completions")(self._complete)
         self.app.post("/v1/completions")(self._complete)
         self.app.get("/ready")(self._ready)
+        self.app.get("/v1/limits")(self._limits)
 
     def write(self, body: dict[str, Any]) -> str:
         return self.answer
@@ -79,6 +82,9 @@ class FakeDecoder:
 
     async def _ready(self) -> Response:
         return JSONResponse(self.error[1], self.error[0]) if self.error else JSONResponse({"status": "ready"})
+
+    async def _limits(self) -> Limits:
+        return self.limits
 
     async def _complete(self, request: Request) -> Response:
         body = await request.json()

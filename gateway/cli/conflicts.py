@@ -9,12 +9,15 @@ import typer
 from rich.table import Table
 
 from gateway.cli.console import console
-from sipo.datasets import conflict_report, read_source, subset
+from gateway.cli.data import SOURCES, SOURCES_HELP, read_sources, tell
+from sipo.datasets import conflict_report, subset
+from sipo.datasets.doubts import doubts
 from sipo.errors import InvalidRequest
+from sipo.words import counted, share
 
 
 def conflicts(
-    data: Annotated[str, typer.Argument(metavar="FILE", help="In our schema, PKU-SafeRLHF's or HelpSteer's; or a hub name.")],
+    data: Annotated[list[str], typer.Argument(metavar=SOURCES, help=SOURCES_HELP)],
     *,
     subset_ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Conflict ratio of the subset to write.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Rows of the subset.")] = None,
@@ -32,11 +35,10 @@ def conflicts(
     given = [value is not None for value in (subset_ratio, size, out)]
     if any(given) and not all(given):
         raise InvalidRequest("a subset needs all of --subset-ratio, --size and --out")
-    reading = read_source(data)
-    report = conflict_report(reading.examples)
-    console.print(f"{report.rows} rows, read as {reading.format}")
-    for reason, count in reading.left_out.items():
-        console.print(f"left out: {count} times {reason}")
+    dataset = read_sources(data)
+    examples = dataset.labelled()
+    report = conflict_report(examples)
+    console.print(f"{counted(report.rows, 'row')}, read as {dataset.format}")
     labels = Table("objective", "labels", box=None, header_style="bold")
     for objective, count in report.labels.items():
         labels.add_row(objective, str(count))
@@ -44,9 +46,12 @@ def conflicts(
     pairs = Table("objectives", "rows with both", "conflicting", "ratio", box=None, header_style="bold")
     for pair in report.pairs:
         pairs.add_row(f"{pair.first}, {pair.second}", str(pair.rows), str(pair.conflicting), f"{pair.ratio:.3f}")
-    console.print(pairs)
-    console.print(f"conflict ratio: {report.ratio:.3f} ({report.conflicting} of {report.comparable} rows with two labels or more)")
+    if report.pairs:
+        console.print(pairs)
+    comparable = f"{share(report.conflicting, report.comparable, 'row')} with two labels or more"
+    console.print(f"conflict ratio: {report.ratio:.3f} ({comparable})")
+    tell(doubts(examples, list(report.labels)))
     if subset_ratio is not None and size is not None and out is not None:
-        chosen = subset(reading.examples, subset_ratio, size, seed)
-        out.write_text("".join(f"{example.model_dump_json()}\n" for example in chosen))
-        console.print(f"wrote {len(chosen)} rows to {out}", markup=False)
+        chosen = subset(examples, subset_ratio, size, seed)
+        out.write_text("".join(f"{example.model_dump_json()}\n" for example in chosen), encoding="utf-8")
+        console.print(f"wrote {counted(len(chosen), 'row')} to {out}", markup=False)

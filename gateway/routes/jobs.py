@@ -1,4 +1,4 @@
-"""The job endpoints: create (input uploaded or inline, never a path of ours), look, cancel, and fetch what came out.
+"""The job endpoints: create (input uploaded or inline, never a path of ours), look, cancel, fetch what came out, and forget.
 
 The gateway creates jobs and asks for their end; all else about a job is the trainer's. Artifacts are read from the job's folder,
 where the trainer writes them.
@@ -9,28 +9,32 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
+from gateway.jobs.account import account
 from gateway.jobs.decisions import read_decisions, whole_lines
 from gateway.jobs.input import settle_spec, store_input
+from gateway.jobs.limits import check_limits, decoder_limits
+from gateway.routes.queue import STREAMS_BY_NAME
 from gateway.settings import GatewaySettings
 from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job, JobStore, new_job_id
 from services.common.contract.jobs import JobSpec
+from services.common.queue import Queue
 from services.common.web.app import JSONL
-from sipo.datasets import read_lines
+from sipo.datasets import Dataset, joined, read_rows, read_upload
 from sipo.errors import InvalidRequest, NotFound
-from sipo.policies import PolicyStore
+from sipo.preferences import Example
 from sipo.selection import pareto_pairs
+from sipo.validation import explain
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -39,12 +43,12 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class InlineJob(BaseModel):
-    """A job with its input in the body: rows of our schema, as a JSONL file would have them."""
+    """A job with its input in the body: rows as a JSONL file would have them, in any format that is known."""
 
     model_config = ConfigDict(extra="forbid")
 
     spec: JobSpec
-    examples: list[dict[str, Any]]
+    examples: list[Any]
 
 
 class JobList(BaseModel):
@@ -60,11 +64,17 @@ _BODIES = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": ["spec", "file"],
+                    "required": ["spec"],
                     "properties": {
-                        "spec": {"type": "string", "description": "a JobSpec as JSON"},
-                        "file": {"type": "string", "format": "binary", "description": "JSONL in our schema"},
+                        "spec": {"type": "string", "description": "a JobSpec as JSON, as text or as a file"},
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "JSONL, a JSON array, CSV or Parquet. Or a file of pairs for each objective, each under "
+                            "the objective's name.",
+                        },
                     },
+                    "additionalProperties": {"type": "string", "format": "binary"},
                 }
             },
         },
@@ -74,27 +84,69 @@ _BODIES = {
 
 @router.post("", status_code=201, openapi_extra=_BODIES)
 async def create_job(request: Request) -> Job:
-    """Takes the input whole, checks all of it, and queues the job; or refuses it and keeps nothing."""
-    job_id = new_job_id()
-    folder = _folder(request, job_id)
-    take_in = partial(_take_in, request.app.state.policies, request.app.state.settings, folder)
+    """Takes the input whole, checks all of it, and queues the job; or refuses it and keeps nothing. The job's `notes` say what was
+    left out of the input, and what looks wrong in it."""
+    settings: GatewaySettings = request.app.state.settings
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         async with request.form() as form:
-            spec, file = form.get("spec"), form.get("file")
-            if not isinstance(spec, str):
-                raise InvalidRequest("the form needs a field `spec`: the job's specification as JSON", param="spec")
-            if not isinstance(file, UploadFile):
-                raise InvalidRequest("the form needs a file `file`: the job's input as JSONL", param="file")
-            settled = await asyncio.to_thread(take_in, _parse(JobSpec, spec, "spec"), file.file)
+            spec, dataset = await _of_form(form)
     else:
-        inline = _parse(InlineJob, await request.body())
-        lines = (json.dumps(example).encode() for example in inline.examples)
-        settled = await asyncio.to_thread(take_in, inline.spec, lines)
+        inline = _inline(await request.body())
+        spec, dataset = inline.spec, await asyncio.to_thread(read_rows, inline.examples)
+    examples = dataset.labelled()
+    settled = await asyncio.to_thread(
+        settle_spec, spec, examples, request.app.state.policies, settings.reward_models, settings.teachers
+    )
+    limits = await decoder_limits(request.app.state.decoder)
+    notes = check_limits(settled, limits)
+    notes += await asyncio.to_thread(account, settled, examples, dataset.left_out, settings, limits)
+    job_id = new_job_id()
+    folder = _folder(request, job_id)
+    await asyncio.to_thread(store_input, folder, examples)
     try:
-        return await _jobs(request).create(settled, id=job_id)
+        return await _jobs(request).create(settled, id=job_id, notes=notes)
     except BaseException:
         shutil.rmtree(folder)
         raise
+
+
+def _inline(body: bytes) -> InlineJob:
+    try:
+        return _parse(InlineJob, body)
+    except InvalidRequest as error:
+        if error.param is not None and body.lstrip().startswith(b"{"):
+            raise
+        raise InvalidRequest(
+            f"{error.message}; a job is JSON with `spec` and `examples`, or a form (multipart/form-data) with the field `spec` and "
+            "the file `file`",
+            param=error.param,
+        ) from error
+
+
+async def _of_form(form: FormData) -> tuple[JobSpec, Dataset]:
+    """The field `spec`, as text or as a file, and either one file `file` or a file of pairs for each objective, by its name."""
+    spec, files = "", []
+    for name, part in form.multi_items():
+        if name == "spec":
+            spec = part if isinstance(part, str) else (await part.read()).decode("utf-8-sig", errors="replace")
+        elif isinstance(part, UploadFile):
+            files.append((name, part.filename or "", await part.read()))
+        else:
+            raise InvalidRequest(f"the form's field {name!r} is a text: data comes as a file, in curl -F {name}=@FILE", param=name)
+    if not spec:
+        raise InvalidRequest("the form needs a field `spec`: the job's specification as JSON", param="spec")
+    if not files:
+        raise InvalidRequest("the form needs a file `file`: the job's data, or a file of pairs for each objective", param="file")
+    parsed = _parse(JobSpec, spec, "spec")
+    return parsed, await asyncio.to_thread(_joined, files)
+
+
+def _joined(files: Sequence[tuple[str, str, bytes]]) -> Dataset:
+    parts = []
+    for name, filename, content in files:
+        dataset = read_upload(content, filename)
+        parts.append(dataset if name == "file" else dataset.of_objective(name))
+    return joined(parts)
 
 
 @router.get("")
@@ -115,15 +167,26 @@ async def cancel_job(job: str, request: Request) -> Job:
     return await _jobs(request).cancel(job)
 
 
+@router.delete("/{job}", status_code=204)
+async def delete_job(job: str, request: Request) -> None:
+    """Forgets a job that has ended: its messages, its folder and, last, its record, so that one that was interrupted is done by
+    asking again. The policy sets that it published stay."""
+    known = await _jobs(request).deletable(job)
+    queue: Queue = request.app.state.queue
+    await queue.discard(known.id, dict(STREAMS_BY_NAME.values()))
+    await asyncio.to_thread(_remove, _folder(request, known.id))
+    await _jobs(request).delete(known.id)
+
+
 @router.get("/{job}/pairs", response_class=StreamingResponse)
 async def get_pairs(job: str, request: Request) -> Response:
     """The Pareto pairs of all rounds so far (D^c of section 3.3, whatever `preferences` the job trains on), as JSONL in TRL's
-    columns: prompt, chosen, rejected.
+    columns: prompt, chosen, rejected; as lists of messages where one of the job's prompts is a conversation.
 
     Then round, and objective where a pair is for one only.
     """
     files = await _files(request, job)
-    return StreamingResponse(_pairs(files.decisions), media_type=JSONL)
+    return StreamingResponse(_pairs(files), media_type=JSONL)
 
 
 @router.get("/{job}/candidates", response_class=StreamingResponse)
@@ -152,6 +215,11 @@ def _folder(request: Request, job: str) -> Path:
     return settings.jobs_dir / job
 
 
+def _remove(folder: Path) -> None:
+    with suppress(FileNotFoundError):  # by an earlier try
+        shutil.rmtree(folder)
+
+
 async def _files(request: Request, job: str) -> JobFiles:
     known = await _jobs(request).get(job)  # so that no path is made of what a caller wrote
     return JobFiles(_folder(request, known.id))
@@ -161,21 +229,15 @@ def _parse(model: type[M], text: str | bytes, param: str = "") -> M:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in (param, *first["loc"]) if part != "")
-        raise InvalidRequest(f"{path}: {first['msg']}" if path else first["msg"], param=path or None) from error
+        path, sentence = explain(error, model, at=param)
+        raise InvalidRequest(sentence, param=path or None) from error
 
 
-def _take_in(policies: PolicyStore, settings: GatewaySettings, folder: Path, spec: JobSpec, lines: Iterable[bytes]) -> JobSpec:
-    examples = list(read_lines(lines))
-    settled = settle_spec(spec, examples, policies, settings.reward_models, settings.teachers)
-    store_input(folder, examples)
-    return settled
-
-
-def _pairs(decisions: Path) -> Iterator[str]:
-    for decision in read_decisions(decisions):
+def _pairs(files: JobFiles) -> Iterator[str]:
+    with files.input.open() as file:
+        conversational = any(not isinstance(Example.model_validate_json(line).prompt, str) for line in file)
+    for decision in read_decisions(files.decisions):
         for candidate, objective in decision.accepted():
             only = {} if objective is None else {"objective": objective}
             for pair in pareto_pairs(decision.example, candidate.text, objective):
-                yield json.dumps(asdict(pair) | {"round": decision.round} | only) + "\n"
+                yield json.dumps(pair.columns(conversational=conversational) | {"round": decision.round} | only) + "\n"

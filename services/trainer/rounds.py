@@ -23,6 +23,7 @@ from sipo.files import sync, write_atomically
 from sipo.models import Base
 from sipo.policies import JobRound, PolicySet, PolicyStore
 from sipo.preferences import Example
+from sipo.resources import check, needed_by_training
 from sipo.training.planning import PlannedRun, Planner
 from sipo.training.run_folder import RunFolder
 from sipo.training.run_set import publish_runs
@@ -62,6 +63,7 @@ class Stages:
         settings = job.spec.alignment.model_copy(update={"alpha": 0.0})
         with self.files(job).input.open() as file:
             examples = [Example.model_validate_json(line) for line in file]
+        check(needed_by_training(self.base.folder, settings, len(objectives)), self.jobs_dir)
         planner = Planner(self.base)
         for objective in objectives:
             await self._train(job, 0, planner.dpo(objective, examples, settings), tell)
@@ -70,6 +72,7 @@ class Stages:
     async def train(self, job: Job, decisions: Iterable[PromptDecided], tell: Tell) -> None:
         """Eq. 8 for each objective, from the policies that the round started from, on the pairs of the responses it accepted."""
         start, decisions = self._sampling_set(job), list(decisions)
+        check(needed_by_training(self.base.folder, job.spec.training, len(start.objectives)), self.jobs_dir)
         planner = Planner(self.base, start)
         for objective in start.objectives:
             pairs = pareto_pairs_of(decisions, objective, job.spec.preferences)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sipo.datasets.doubts import doubtful_pairs
 from sipo.errors import InvalidRequest
 from sipo.models import Base
 from sipo.policies import PolicySet
@@ -13,6 +14,7 @@ from sipo.preferences import Example, Weights
 from sipo.training.data import TrainingPair, alignment_pairs, tokenise
 from sipo.training.methods import lw_pairs, modpo_margins
 from sipo.training.settings import Method, TrainRun, TrainSettings
+from sipo.words import counted, share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,24 +28,40 @@ class PlannedRun:
     run: TrainRun
     pairs: Sequence[TrainingPair]
 
-    def check_usable(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises InvalidRequest if not even one pair can be trained on: better now than after the other policies' runs."""
-        limits = self.run.settings
-        first = tokenise(
+    def account(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """What will be left out of the run, by which setting, and what looks wrong in its pairs: a sentence each.
+
+        Raises InvalidRequest if not even one pair can be trained on: better now than after the other policies' runs.
+        """
+        limits, total = self.run.settings, len(self.pairs)
+        tokens = tokenise(
             self.pairs,
             self.run.prompt_format,
             tokenizer,
             max_prompt_tokens=limits.max_prompt_tokens,
             max_response_tokens=limits.max_response_tokens,
-            max_pairs=1,
+            max_pairs=None,
             seed=limits.seed,
         )
-        if not first.train:
+        long, identical, cut = (tokens.left_out[reason] for reason in ("prompts_too_long", "identical", "responses_cut"))
+        usable = total - long - identical
+        if not usable:
             raise InvalidRequest(
-                f"no pair to train {self.name!r} on: of {len(self.pairs)} pairs {first.left_out['prompts_too_long']} have "
-                f"prompts longer than max_prompt_tokens = {limits.max_prompt_tokens}, in {first.left_out['identical']} chosen and "
-                "rejected are the same"
+                f"no pair to train {self.name!r} on: of {counted(total, 'pair')} {long} have prompts longer than "
+                f"max_prompt_tokens = {limits.max_prompt_tokens}, in {identical} chosen and rejected are the same"
             )
+        said = []
+        if long:
+            said.append(
+                f"{share(long, total, 'pair')} left out: the prompt is longer than max_prompt_tokens = {limits.max_prompt_tokens}"
+            )
+        if identical:
+            said.append(f"{share(identical, total, 'pair')} left out: chosen and rejected are the same")
+        if cut:
+            said.append(f"{counted(cut, 'response')} cut: longer than max_response_tokens = {limits.max_response_tokens}")
+        if limits.max_pairs is not None and limits.max_pairs < usable:
+            said.append(f"{share(limits.max_pairs, usable, 'pair')} drawn: max_pairs = {limits.max_pairs}")
+        return said + doubtful_pairs((pair["prompt"], pair["chosen"], pair["rejected"]) for pair in self.pairs)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from sipo.errors import InvalidRequest
 from sipo.preferences import ObjectiveName
 from sipo.record import Record
 from sipo.training.settings import TrainSettings
+from sipo.validation import explain
 
 PRESETS = Path(__file__).parent / "presets"
 NOT_OF_SFT = frozenset({"beta", "alpha", "divergence", "divergence_alpha", "max_pairs"})
@@ -61,7 +62,4 @@ def _read(path: Path, model: type[M]) -> M:
     try:
         return model.model_validate({} if content is None else content)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = "".join(f"{part}: " for part in fault["loc"])
-        known = f"; the fields are {', '.join(model.model_fields)}" if fault["type"] == "extra_forbidden" else ""
-        raise InvalidRequest(f"{path}: {where}{fault['msg']}{known}", param="settings") from error
+        raise InvalidRequest(f"{path}: {explain(error, model)[1]}", param="settings") from error

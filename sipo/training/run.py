@@ -35,6 +35,7 @@ from sipo.training.reporting import Reporter
 from sipo.training.run_folder import ADAPTER, RunFolder
 from sipo.training.settings import Measure, Progress, TrainMetrics, TrainRun
 from sipo.training.trainer import START, PairCollator, PairTrainer, reference_file
+from sipo.words import counted
 
 ROWS = "rows"
 
@@ -64,7 +65,8 @@ def train(run: TrainRun, folder: Path, report: Callable[[Progress], None]) -> Tr
     passes = 1 + len(run.margins)
     reporter = Reporter(run.objective, report, passes * (len(data.train) + len(data.validation) * data.held_out))
     if len(data.train) < settings.batch_size:
-        reporter.note(f"{len(data.train)} pairs are fewer than one batch of {settings.batch_size}: an epoch is one smaller step")
+        pairs = counted(len(data.train), "pair")
+        reporter.note(f"{pairs}, less than a batch of {settings.batch_size}: an epoch is one smaller step")
     return fitting(
         settings,
         reporter,

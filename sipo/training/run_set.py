@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,12 @@ class RunSet:
         hashes = {objective: adapter_sha256(folder.adapter) for objective, folder in runs.items()}
         made_by = TrainedRuns(adapters_sha256=adapters_sha256(hashes))
         return publish_runs(store, name, runs, base=base, parent=parent, made_by=made_by)
+
+
+def runs_sha256(planned: Iterable[PlannedRun]) -> str:
+    """Of everything that they are made from: equal for the same runs."""
+    made_from = [(one.name, one.run.model_dump(mode="json"), list(one.pairs)) for one in planned]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
 def publish_runs(

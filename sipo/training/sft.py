@@ -22,11 +22,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from sipo.conversation import Prompt
+from sipo.datasets import Answers
 from sipo.errors import Conflict, InvalidRequest, TrainingFailed
 from sipo.files import sync, sync_tree, write_atomically
 from sipo.models import model_sha256
 from sipo.precision import Precision, torch_dtype
-from sipo.preferences import Example
 from sipo.prompts import PromptFormat
 from sipo.training.arguments import common_arguments, fresh_lora
 from sipo.training.checkpoints import Checkpoints, last_checkpoint
@@ -38,6 +39,7 @@ from sipo.training.reporting import Reporter
 from sipo.training.run_folder import ADAPTER, CURVE, HISTORY
 from sipo.training.settings import Progress, TrainSettings
 from sipo.training.shared_prompt import IGNORED
+from sipo.words import counted, share
 
 RECIPE = "recipe.json"
 TENSORBOARD = "tensorboard"
@@ -60,7 +62,11 @@ class SftRows:
 
     train: list[dict[str, list[int]]]
     validation: list[dict[str, list[int]]]
+    prompts: int
+    """Different ones, `left_out` of which are too long."""
     left_out: int
+    cut: int
+    """Responses that were too long."""
 
 
 @dataclass(frozen=True)
@@ -72,29 +78,49 @@ class _Trained:
     """The trainer's log, a mapping a step or a validation."""
 
 
-def sft_rows(examples: Iterable[Example], prompt_format: PromptFormat, tokenizer: Any, settings: TrainSettings) -> SftRows:
+def sft_rows(answered: Iterable[Answers], prompt_format: PromptFormat, tokenizer: Any, settings: TrainSettings) -> SftRows:
     """Each different response of each prompt, in the prompt format, cut at max_response_tokens. A prompt's responses stay on one
     side of the split; prompts longer than max_prompt_tokens are left out and counted."""
-    by_prompt: dict[str, list[str]] = {}
-    for example in examples:
-        texts = by_prompt.setdefault(example.prompt, [])
-        texts += [text for text in (example.response_0, example.response_1) if text.strip() and text not in texts]
+    by_prompt: dict[Prompt, list[str]] = {}
+    for row in answered:
+        texts = by_prompt.setdefault(row.prompt, [])
+        texts += [text for text in row.responses if text.strip() and text not in texts]
     prompts = list(by_prompt)
     random.Random(settings.seed).shuffle(prompts)
-    groups, left_out = [], 0
+    groups: list[list[dict[str, list[int]]]] = []
+    left_out = cut = 0
     for prompt in prompts:
         prompt_ids = prompt_format.prompt_ids(prompt, tokenizer)
         if len(prompt_ids) > settings.max_prompt_tokens:
             left_out += 1
             continue
-        responses = [prompt_format.response_ids(text, tokenizer)[: settings.max_response_tokens] for text in by_prompt[prompt]]
-        groups.append([{"input_ids": prompt_ids + ids, "labels": [IGNORED] * len(prompt_ids) + ids} for ids in responses])
+        responses = [prompt_format.response_ids(text, tokenizer) for text in by_prompt[prompt]]
+        cut += sum(len(ids) > settings.max_response_tokens for ids in responses)
+        kept = [ids[: settings.max_response_tokens] for ids in responses]
+        groups.append([{"input_ids": prompt_ids + ids, "labels": [IGNORED] * len(prompt_ids) + ids} for ids in kept])
     held_out = round(VALIDATION_SHARE * len(groups)) if len(groups) >= MIN_PAIRS_TO_HOLD_OUT else 0
     validation, train = groups[:held_out], groups[held_out:]
-    return SftRows([row for group in train for row in group], [row for group in validation for row in group], left_out)
+    return SftRows(
+        [row for group in train for row in group], [row for group in validation for row in group], len(by_prompt), left_out, cut
+    )
 
 
-def train_sft(run: SftRun, examples: Sequence[Example], out: Path, report: Callable[[Progress], None], *, cache_dir: Path) -> Path:
+def account(answered: Sequence[Answers], prompt_format: PromptFormat, tokenizer: Any, settings: TrainSettings) -> list[str]:
+    """What will be left out of a fine-tuning, and by which setting: a sentence each."""
+    rows = sft_rows(answered, prompt_format, tokenizer, settings)
+    empty = sum(not text.strip() for row in answered for text in row.responses)
+    said = []
+    if rows.left_out:
+        longest = settings.max_prompt_tokens
+        said.append(f"{share(rows.left_out, rows.prompts, 'prompt')} left out: longer than max_prompt_tokens = {longest}")
+    if rows.cut:
+        said.append(f"{counted(rows.cut, 'response')} cut: longer than max_response_tokens = {settings.max_response_tokens}")
+    if empty:
+        said.append(f"{counted(empty, 'response')} left out: empty")
+    return said
+
+
+def train_sft(run: SftRun, answered: Sequence[Answers], out: Path, report: Callable[[Progress], None], *, cache_dir: Path) -> Path:
     """Fine-tunes the base and leaves a whole float32 model in `out`: a new base, with recipe.json, history.jsonl, loss.png and
     TensorBoard's files beside its own.
 
@@ -106,14 +132,14 @@ def train_sft(run: SftRun, examples: Sequence[Example], out: Path, report: Calla
         raise Conflict(f"{out} is there already: name another folder")
     settings = run.settings
     tokenizer = AutoTokenizer.from_pretrained(run.base)
-    rows = sft_rows(examples, run.prompt_format, tokenizer, settings)
+    rows = sft_rows(answered, run.prompt_format, tokenizer, settings)
     if not rows.train:
         longest = settings.max_prompt_tokens
         raise InvalidRequest(f"no response to train on: {rows.left_out} prompts are longer than {longest} tokens")
     recipe: dict[str, Any] = {
         "base": {"name": run.base_name, "sha256": model_sha256(run.base, cache_dir)},
         "prompt_format": run.prompt_format.model_dump(mode="json"),
-        "data_sha256": hashlib.sha256("".join(example.model_dump_json() for example in examples).encode()).hexdigest(),
+        "data_sha256": hashlib.sha256("".join(row.model_dump_json() for row in answered).encode()).hexdigest(),
         "settings": settings.model_dump(mode="json", exclude=set(NOT_OF_SFT)),
     }
     work = out.with_name(f".{out.name}.training")

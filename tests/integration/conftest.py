@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from services.trainer.rounds import Stages
 
 
@@ -34,3 +37,31 @@ def stages(tiny_base: Path, data_dir: Path, adapter: Path, runs: list[str]) -> S
 
     base = Base(tiny_base, BaseModelRef(name="tiny", sha256="0" * 64))
     return Stages(base, PolicyStore(data_dir / "policies"), data_dir / "jobs", stand_in(adapter, runs))
+
+
+@pytest.fixture
+def gateway_url(tmp_path: Path, redis_url: str, redis: Redis) -> Iterator[str]:
+    """A gateway with tests.fakes.FakeDecoder behind it, in a thread of its own, for callers that block. Its data lie in tmp_path;
+    "demo" has policies for concise and warm."""
+    import threading
+    import time
+
+    import httpx
+    import uvicorn
+
+    from gateway.app import create_app
+    from gateway.settings import GatewaySettings
+    from services.common.queue import connect
+    from tests.fakes import FakeDecoder, write_policy_set
+
+    write_policy_set(tmp_path / "policies", "demo:1", ["concise", "warm"], current=True)
+    upstream = httpx.AsyncClient(transport=httpx.ASGITransport(FakeDecoder().app), base_url="http://decoder")
+    gateway = create_app(GatewaySettings(data_dir=tmp_path), upstream, connect(redis_url))
+    server = uvicorn.Server(uvicorn.Config(gateway, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()

@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     done = sum(calls[:3])
     assert stopped.exit_code != 0
     assert 0 < done < 12
-    assert f"{done} of 12 rows are in {out}: go on with --resume" in stopped.stderr
+    assert f"{out} has {done} of 12 rows: go on with --resume" in stopped.stderr
     assert len(read(out.read_text())) == done
 
     with out.open("a") as torn:
@@ -235,12 +235,12 @@ GOOD = '{"prompt": "?", "responses": ["a"]}\n'
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (GOOD + "\n" + '{"prompt": "?"}\n', "line 3: responses: Field required"),
-        (GOOD + '{"prompt": "?", "responses": []}\n', "line 2: responses: "),
-        (GOOD + '{"prompt": "", "responses": ["a"]}\n', "line 2: prompt: "),
-        (GOOD + '{"prompt": "?", "responses": [7]}\n', "line 2: responses: 0: "),
-        (GOOD + '{"prompt": "?", "responses": ["a"], "labels": {"warm": 1}}\n', "labels compare two responses, here are 1"),
-        (GOOD + "no JSON\n", "line 2: Invalid JSON"),
+        (GOOD + "\n" + '{"prompt": "?"}\n', "line 3: `responses` is None: it must be a list"),
+        (GOOD + '{"prompt": "?", "responses": []}\n', "line 2: `responses` is []: it must be a list of one text or more"),
+        (GOOD + '{"prompt": "", "responses": ["a"]}\n', "line 2: `prompt` is ''"),
+        (GOOD + '{"prompt": "?", "responses": [7]}\n', "line 2: `responses[0]` is 7: it must be text"),
+        (GOOD + '{"prompt": "?", "responses": ["a"], "labels": {"warm": 1}}\n', "line 2: `labels` are given for 1 response: "),
+        (GOOD + "no JSON\n", "line 2: not JSON"),
         ("no JSON\n", "line 1: not JSON"),
         ('{"prompt": "?", "response_0": "a", "response_1": "b", "labels": {"warm": 2}}\n', "line 1: the label of 'warm'"),
         ("", "empty"),

@@ -64,9 +64,17 @@ def test_the_presets_are_the_papers() -> None:
     }
 
 
-def test_pairs_are_refused(environment: dict[str, str | None], tmp_path: Path) -> None:
-    refused = sft(tmp_path, environment, [{"prompt": "q", "chosen": "a", "rejected": "b"}])
-    assert (refused.exit_code, "takes labelled data" in refused.output) == (2, True)
+def test_pairs_are_responses_too_and_what_is_left_out_is_told_first(environment: dict[str, str | None], tmp_path: Path) -> None:
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": ""}, {"prompt": "q" * 300, "chosen": "b", "rejected": "c" * 300}]
+    done = sft(tmp_path, environment, [*pairs, {"prompt": "x", "chosen": "d" * 300, "rejected": "e"}])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines()[:3] == [
+        "1 of 3 prompts left out: longer than max_prompt_tokens = 256",
+        "1 response cut: longer than max_response_tokens = 256",
+        "1 response left out: empty",
+    ]
+    recipe = json.loads((tmp_path / "tuned" / "recipe.json").read_text())
+    assert (recipe["rows"], recipe["prompts_too_long"]) == (3, 1)
 
 
 def test_settings_of_training_on_pairs_are_refused(environment: dict[str, str | None], tmp_path: Path) -> None:

@@ -49,14 +49,14 @@ def environment(data_dir: Path, tiny_base: Path, tmp_path: Path) -> dict[str, st
 
 @pytest.fixture
 def train(data_dir: Path, tiny_base: Path, tmp_path: Path) -> Train:
-    """With --out runs and --settings quick.yaml unless they are given."""
+    """With --out runs (or `out`) and --settings quick.yaml unless they are given."""
     quick = tmp_path / "quick.yaml"
     quick.write_text(yaml.safe_dump(QUICK))
 
-    def train(*args: object) -> Result:
+    def train(*args: object, out: Path | None = tmp_path / "runs") -> Result:
         given = [*map(str, args)]
-        for option, value in (("--out", tmp_path / "runs"), ("--settings", quick)):
-            given += [] if option in given else [option, str(value)]
+        for option, value in (("--out", out), ("--settings", quick)):
+            given += [] if option in given or value is None else [option, str(value)]
         return CliRunner().invoke(app, ["train", *given], env=environment(data_dir, tiny_base, tmp_path))
 
     return train
@@ -167,6 +167,60 @@ def test_pairs_go_on_from_a_policy_set(train: Train, made: list[str], policies: 
         assert (run.settings.learning_rate, run.settings.alpha, run.settings.epochs) == (5e-6, 0.1, 1)
 
 
+def test_a_file_of_pairs_for_each_objective_makes_a_first_alignment(
+    train: Train, made: list[str], data_dir: Path, tmp_path: Path
+) -> None:
+    """Nothing but the files and a name: the runs have a folder of their own, and other data another one."""
+    helpful = write(tmp_path / "a=b.jsonl", [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(3)])
+    harmless = write(tmp_path / "harmless.jsonl", [{"prompt": "q0", "chosen": "no", "rejected": "yes"}])
+    sources = [f"helpful={helpful}", f"harmless={harmless}", "--publish", "mine"]
+    for _ in range(2):
+        result = train(*sources, out=None)
+        assert result.exit_code == 0, result.output
+        assert "published mine:1" in result.output
+    [folder] = (data_dir / "runs").iterdir()
+    assert folder.name.startswith("mine-")
+    assert [(row["chosen"], row["rejected"]) for row in rows_of(folder / "helpful")] == [("yes", "no")] * 3
+    assert [(row["chosen"], row["rejected"]) for row in rows_of(folder / "harmless")] == [("no", "yes")]
+    assert (run_of(folder / "helpful").method, run_of(folder / "helpful").start) == ("dpo", None)
+    assert "2 of 3 rows have a label for one objective only" in result.stderr
+    both = write(tmp_path / "both.jsonl", [{"objective": name, "prompt": "q", "chosen": "a", "rejected": "b"} for name in "xy"])
+    assert "published mine:2" in train(both, "--publish", "mine", out=None).output
+    assert len([*(data_dir / "runs").iterdir()]) == 2
+
+
+def test_what_will_be_left_out_of_a_training_is_counted_before_it_starts(train: Train, made: list[str], tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "yes", "rejected": "no", "objective": "warm"}
+    changes: list[dict[str, str]] = [
+        {},
+        {"prompt": "q" * 65},
+        {"chosen": "no"},
+        {"chosen": "y" * 300},
+        {"chosen": "no", "rejected": "yes"},
+    ]
+    result = train(write(tmp_path / "pairs.jsonl", [row | change for change in [*changes, {"chosen": " "}, {"split": "test"}]]))
+    assert result.exit_code == 0, result.output
+    assert [line.partition(": ")[2] or line for line in result.stderr.splitlines()] == [
+        "rows whose `split` holds them out of training (1)",
+        "in 1 of 6 rows the two responses are the same",
+        "1 of 6 pairs left out: the prompt is longer than max_prompt_tokens = 64",
+        "1 of 6 pairs left out: chosen and rejected are the same",
+        "1 response cut: longer than max_response_tokens = 256",
+        "in 1 of 6 pairs the preferred response is empty",
+        "1 pair of 6 has a twin that prefers the other response",
+    ]
+
+
+def test_the_shipped_policies_can_be_started_from_before_anything_ran(
+    made: list[str], data_dir: Path, pairs: Path, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(
+        app, ["train", str(pairs), "--start", "demo", "--out", str(tmp_path / "runs")], env={"SIPO_DATA_DIR": str(data_dir)}
+    )
+    assert result.exit_code == 0, result.output
+    assert made == ["runs/concise", "runs/warm"]
+
+
 def test_lw_is_one_policy_on_pairs_with_both_sides_weights(train: Train, made: list[str], labelled: Path, tmp_path: Path) -> None:
     result = train(labelled, "--method", "lw", "--weights", "concise=0.7,warm=0.3")
     assert result.exit_code == 0, result.output
@@ -247,9 +301,13 @@ LABELLED = '{"prompt": "?", "response_0": "a", "response_1": "b", "labels": {"wa
 @pytest.mark.parametrize(
     ("content", "args", "words"),
     [
-        (GOOD + "\n" + '{"prompt": "?", "chosen": "a"}\n', ["--start", "demo"], "line 3: rejected: Field required"),
-        (GOOD + '{"prompt": "?", "chosen": ["a"], "rejected": "b"}\n', ["--start", "demo"], "line 2: chosen: "),
-        (GOOD + "no JSON\n", ["--start", "demo"], "line 2: Invalid JSON"),
+        (GOOD + "\n" + '{"prompt": "?", "chosen": "a"}\n', ["--start", "demo"], "line 3: `rejected` is missing"),
+        (
+            GOOD + '{"prompt": "?", "chosen": ["a"], "rejected": "b"}\n',
+            ["--start", "demo"],
+            "line 2: `chosen[0]` is 'a': it must be a message",
+        ),
+        (GOOD + "no JSON\n", ["--start", "demo"], "line 2: not JSON"),
         (GOOD + GOOD.replace("}", ', "objective": "loud"}'), ["--start", "demo"], "line 2: `objective` is 'loud': demo:1 has"),
         (LABELLED + "no JSON\n", [], "line 2: not JSON"),
         ("", [], "empty"),
@@ -258,13 +316,17 @@ LABELLED = '{"prompt": "?", "response_0": "a", "response_1": "b", "labels": {"wa
         (SAME + LONG, ["--start", "demo"], "of 2 pairs 1 have prompts longer than max_prompt_tokens = 64"),
         (GOOD.replace("}", ', "objective": "warm"}'), ["--start", "demo"], "no pair to train 'concise' on: of 0 pairs"),
         (GOOD, [], "the method sipo needs --start"),
-        (GOOD, ["--method", "dpo"], "takes labelled data, and the file holds pairs"),
+        (
+            GOOD,
+            ["--method", "dpo"],
+            "takes labelled data, and these pairs name no objective: give a file for each, as helpful=FILE",
+        ),
         (GOOD, ["--start", "nobody"], "nobody"),
         (GOOD, ["--start", "demo", "--objectives", "loud"], "unknown objective 'loud': demo:1 has policies for concise, warm"),
         (GOOD, ["--start", "demo", "--weights", "warm=1"], "the method sipo has no --weights, but --start, --objectives"),
-        (LABELLED, ["--method", "sipo", "--start", "demo"], "takes pairs, and the file holds labelled data"),
+        (LABELLED, ["--method", "sipo", "--start", "demo"], "takes pairs, and the data is labelled"),
         (LABELLED, ["--start", "demo"], "the method dpo has no --start"),
-        (LABELLED, ["--objectives", "warm,loud"], "unknown objective 'loud': the file has labels for warm, concise"),
+        (LABELLED, ["--objectives", "warm,loud"], "unknown objective 'loud': the data has labels for warm, concise"),
         (LABELLED.replace("warm", "soup"), [], "'soup' cannot be an objective's name"),
         (LABELLED, ["--publish", "My Policy"], "no policy name"),
         (LABELLED, ["--publish", "mine", "--objectives", "warm"], "two or more objectives"),
@@ -310,9 +372,9 @@ def test_a_mistake_gets_one_sentence_and_no_folder(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("epoch: 1\n", "epoch: Extra inputs are not permitted; the fields are epochs, learning_rate"),
-        ("beta: 0\n", "beta: Input should be greater than 0"),
-        ("- beta\n", "should be a valid dictionary"),
+        ("epoch: 1\n", "`epoch` is no known field: did you mean `epochs`?"),
+        ("beta: 0\n", "`beta` must be more than 0, not 0"),
+        ("- beta\n", "must be a mapping of names to values"),
         ("a: [\n", "is no YAML"),
         ("alpha: 0.1\n", "only the method sipo has it"),
     ],
@@ -372,7 +434,7 @@ async def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: 
         console = Console(force_terminal=terminal, width=120, record=True, soft_wrap=True, highlight=False)
         monkeypatch.setattr(module, "console", console)
         with console.capture() as capture, Display() as display:
-            display.begin("warm", 8)
+            display.begin("warm", "8 pairs")
             for progress in told:
                 await display.tell(progress)
             display.end("finished after 5 s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -18,7 +19,12 @@ from typer.testing import CliRunner, Result
 from gateway.app import create_app
 from gateway.cli import app
 from gateway.settings import GatewaySettings
+from services.common.contract.job_store import JobStore
+from services.common.contract.jobs import JobSpec, JobState
+from services.common.contract.messages import PromptDecided
 from services.common.queue import connect
+from sipo.policies import PolicyStore
+from sipo.preferences import Example
 from tests.fakes import FakeDecoder, write_policy_set
 
 
@@ -64,6 +70,22 @@ def test_generate_streams_the_answer_of_the_only_policy(url: str, decoder: FakeD
     assert decoder.bodies[0]["preference_weights"] == pytest.approx({"concise": 0.7, "warm": 0.3})
 
 
+def test_generate_reads_the_prompt_from_standard_input_and_passes_the_mode_on(url: str, decoder: FakeDecoder) -> None:
+    env = {"SIPO_GATEWAY_URL": url}
+    result = CliRunner().invoke(app, ["generate", "--mode", "soup", "-"], env=env, input="How do I\nboil an egg?\n")
+    assert result.exit_code == 0, result.output
+    assert decoder.bodies[0]["mode"] == "soup"
+    assert decoder.bodies[0]["messages"] == [{"role": "user", "content": "How do I\nboil an egg?"}]
+    empty = CliRunner().invoke(app, ["generate", "-"], env=env, input="\n")
+    assert (empty.exit_code, empty.stdout, len(decoder.bodies)) == (2, "", 1)
+    assert "the prompt is empty" in empty.stderr
+
+
+def test_control_characters_of_an_answer_are_left_out(url: str, decoder: FakeDecoder) -> None:
+    decoder.answer = "red \x1b[31malert\x07"
+    assert sipo(url, "generate", "How?").stdout.strip() == "red [31malert"
+
+
 def test_generate_tells_a_wrong_weight_in_one_sentence(url: str) -> None:
     result = sipo(url, "generate", "-w", "concise=0.7,warm=0.7", "How?")
     assert (result.exit_code, result.stdout) == (2, "")
@@ -89,6 +111,65 @@ def test_a_job_is_submitted_listed_shown_and_cancelled(url: str, pairs: Path) ->
     watched = sipo(url, "jobs", "watch", job)
     assert watched.exit_code == 1
     assert "cancelled" in watched.stdout
+
+
+def test_what_a_job_left_is_written_and_then_deleted(url: str, pairs: Path, tmp_path: Path) -> None:
+    job = sipo(url, "jobs", "submit", str(pairs), "--policy", "demo", "--stop-after-pairs").stdout.strip()
+    running = sipo(url, "jobs", "delete", job)
+    assert (running.exit_code, running.stderr) == (1, f"error: job {job} is queued: cancel it first\n")
+    sipo(url, "jobs", "cancel", job)
+    folder = tmp_path / "jobs" / job
+    decision = PromptDecided(
+        job=job,
+        round=1,
+        prompt="0",
+        outcome="none",
+        example=Example(prompt="0?", response_0="a", response_1="b", labels={"concise": 0, "warm": 1}),
+    )
+    (folder / "decisions.jsonl").write_text(decision.model_dump_json() + "\n")
+    shown = sipo(url, "jobs", "candidates", job)
+    assert (shown.exit_code, json.loads(shown.stdout)["prompt"]) == (0, "0")
+    assert sipo(url, "jobs", "pairs", job).exit_code == 0
+    out = tmp_path / "candidates.jsonl"
+    assert sipo(url, "jobs", "candidates", job, "--out", str(out)).stdout == ""
+    assert out.read_text() == shown.stdout
+    nowhere = sipo(url, "jobs", "pairs", job, "--out", str(tmp_path / "missing" / "pairs.jsonl"))
+    assert nowhere.exit_code == 2 and "there is no folder" in nowhere.stderr
+    early = sipo(url, "jobs", "report", job, "--out", str(tmp_path / "report.json"))
+    assert early.exit_code == 2 and "has no report yet" in early.stderr
+    assert [path.name for path in tmp_path.glob("*report*")] == []
+
+    assert sipo(url, "jobs", "delete", job).stdout == f"{job} is deleted\n"
+    assert not folder.exists()
+    for command in ("delete", "show", "pairs"):
+        gone = sipo(url, "jobs", command, job)
+        assert (gone.exit_code, gone.stderr) == (2, f"error: no job '{job}'\n")
+
+
+async def test_a_finished_job_says_whether_its_set_is_current(url: str, redis: Redis, tmp_path: Path) -> None:
+    write_policy_set(tmp_path / "policies", "demo:2", ["concise", "warm"])
+    store = JobStore(redis)
+    job = await store.create(JobSpec(policy="demo"))
+    await store.advance(job.id, JobState.QUEUED, JobState.GENERATING)
+    await store.advance(job.id, JobState.GENERATING, JobState.COMPLETED, policy_set="demo:2")
+    watched = await asyncio.to_thread(sipo, url, "jobs", "watch", job.id)
+    assert watched.stdout.splitlines()[-2:] == [
+        f"{job.id} completed: demo:2",
+        "demo:2 is not current: `sipo policies activate demo:2` makes it so",
+    ]
+    PolicyStore(tmp_path / "policies").activate("demo:2")
+    watched = await asyncio.to_thread(sipo, url, "jobs", "watch", job.id)
+    assert watched.stdout.splitlines()[-1] == "demo:2 is current"
+
+
+def test_a_field_that_is_misspelt_is_told_with_the_one_that_was_meant(url: str, pairs: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "job.yaml"
+    spec.write_text("polcy: demo\n")
+    result = sipo(url, "jobs", "submit", str(pairs), "--spec", str(spec))
+    assert (result.exit_code, result.stderr) == (2, "error: `polcy` is no known field: did you mean `policy`?\n")
+    reply = httpx.post(f"{url}/v1/jobs", json={"spec": {"policy": "demo", "round": 2}, "examples": []})
+    assert reply.json()["error"]["param"] == "spec.round"
+    assert "`spec.round` is no known field: did you mean `rounds`?" in reply.json()["error"]["message"]
 
 
 def test_a_specification_file_is_overridden_by_options(url: str, pairs: Path, tmp_path: Path) -> None:

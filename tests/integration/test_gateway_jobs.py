@@ -104,16 +104,16 @@ async def test_an_uploaded_file_and_inline_examples_make_the_same_job(gateway: h
         (rows(2), {"filter": {"reward_models": ["warm"]}}, 400, "'warm' is called like an objective"),
         (rows(2), {"filter": {"implicit": False}}, 400, "nothing decides: name reward_models"),
         (rows(2), {"teachers": {"gpt-9.1": 1}}, 400, "no teacher 'gpt-9.1': SIPO_TEACHERS of this system names big, bold"),
-        (rows(2), {"teachers": {"big": 17}}, 400, "less than or equal to 16"),
+        (rows(2), {"teachers": {"big": 17}}, 400, "must be 16 or less, not 17"),
         (rows(2), {"policy": "No Name"}, 400, "spec.policy"),
         (rows(2), {"sampling_set": "demo:9"}, 400, "'demo:9' is no set of policy 'demo': its sets are demo:1"),
         (rows(2), {"sampling_set": "demo"}, 400, "'demo' is no set of policy 'demo': its sets are demo:1"),
         (rows(2), {"policy": "new", "sampling_set": "demo:1"}, 400, "'demo:1' is no set of policy 'new': its sets are none yet"),
         (rows(2), {"sampling_set": "demo:1", "objectives": ["warm", "polite"]}, 400, "demo:1 has policies for concise, warm"),
-        (rows(2), {"rounds": 17}, 400, "less than or equal to 16"),
+        (rows(2), {"rounds": 17}, 400, "must be 16 or less, not 17"),
         (rows(2), {"rounds": 2, "stop_after": "pairs"}, 400, "publishes no policies for a second round"),
         (rows(2), {"learning_rates": {"polite": 1e-5}}, 400, "one for 'polite': the job's objectives are concise, warm"),
-        (rows(2), {"learning_rates": {"warm": 0}}, 400, "greater than 0"),
+        (rows(2), {"learning_rates": {"warm": 0}}, 400, "must be more than 0, not 0"),
         (rows(2), {"alignment": {"alpha": 0.1}}, 400, "a first alignment (Eq. 2) has none"),
     ],
 )
@@ -144,12 +144,21 @@ async def test_a_policy_without_a_current_set_may_be_started_from_a_version(gate
 
 
 async def test_a_form_needs_spec_and_file(gateway: httpx.AsyncClient) -> None:
-    for content in ({"files": {"file": ("x", "{}")}}, {"data": {"spec": "{}"}, "files": {"other": ("x", "{}")}}):
+    spec, file = {"spec": '{"policy": "demo"}'}, ("rows.jsonl", json.dumps({"prompt": "x", **CONFLICTING}))
+    for content, param, words in (
+        ({"files": {"file": file}}, "spec", "the form needs a field `spec`"),
+        ({"data": spec | {"file": file[1]}, "files": {"x": file}}, "file", "'file' is a text: data comes as a file"),
+        ({"data": {"spec": "{}"}, "files": {"file": file}}, "spec.policy", "`spec.policy` is missing"),
+        ({"files": {"spec": ("s.json", "{}")}}, "file", "the form needs a file `file`"),
+        ({"data": spec, "files": {"other": file}}, None, "labelled data names its objectives itself"),
+    ):
         reply = await gateway.post("/v1/jobs", **content)
-        assert reply.status_code == 400
-        assert reply.json()["error"]["param"] in ("spec", "file")
-    reply = await gateway.post("/v1/jobs", content="{", headers={"content-type": "application/json"})
-    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_request")
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+        assert words in reply.json()["error"]["message"]
+    for body in (b"{", b'{"prompt": 1}\n{"prompt": 2}\n', b"spec=x"):
+        reply = await gateway.post("/v1/jobs", content=body)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_request")
+        assert "or a form (multipart/form-data) with the field `spec`" in reply.json()["error"]["message"]
 
 
 async def test_a_store_that_refuses_the_job_leaves_no_input(
@@ -286,3 +295,59 @@ async def test_a_job_whose_input_is_gone_fails_with_the_reason(gateway: httpx.As
     failed = await store.get(job.id)
     assert failed.state == JobState.FAILED
     assert "input.jsonl" in (failed.error or "")
+
+
+async def test_a_file_of_pairs_for_each_objective_makes_a_job(gateway: httpx.AsyncClient, tmp_path: Path) -> None:
+    def pairs(*rows: tuple[str, str, str]) -> str:
+        return "".join(json.dumps({"prompt": x, "chosen": chosen, "rejected": rejected}) + "\n" for x, chosen, rejected in rows)
+
+    files = [
+        ("helpful", ("a.jsonl", pairs(("x", "a", "b"), ("y", "c", "d")))),
+        ("harmless", ("b.jsonl", pairs(("x", "b", "a"), ("z", "", "f")))),
+    ]
+    reply = await gateway.post("/v1/jobs", data={"spec": '{"policy": "new"}'}, files=files)
+    assert reply.status_code == 201, reply.text
+    job = reply.json()
+    assert job["spec"]["objectives"] == ["helpful", "harmless"]
+    stored = (tmp_path / "jobs" / job["id"] / "input.jsonl").read_text().splitlines()
+    assert [Example.model_validate_json(line).labels for line in stored] == [
+        {"helpful": 0, "harmless": 1},
+        {"helpful": 0},
+        {"harmless": 0},
+    ]
+    assert job["notes"] == [
+        "2 of 3 rows not sampled, as only those that conflict on helpful, harmless are: examples is conflicting",
+        "2 of 3 rows have a label for one objective only, and cannot conflict",
+        "harmless: in 1 of 2 pairs the preferred response is empty",
+    ]
+
+
+async def test_what_will_be_left_out_of_a_job_is_counted_when_it_is_posted(gateway: httpx.AsyncClient) -> None:
+    long = {"prompt": "word " * 300, **CONFLICTING}
+    refused = await submit(gateway, [long])
+    assert refused.status_code == 400
+    assert "every prompt is too long for training.max_prompt_tokens = 256: the shortest has 3" in refused.json()["error"]["message"]
+    job = (await submit(gateway, [*rows(3, 1), long, {**long, "split": "test"}], max_prompts=4, max_tokens=3900)).json()
+    assert [note for note in job["notes"] if not note.startswith("a rewrite may need")] == [
+        "left out: rows whose `split` holds them out of training (1)",
+        "1 of 5 rows not sampled, as only those that conflict on concise, warm are: examples is conflicting",
+        "1 of 4 prompts too long for training.max_prompt_tokens = 256: sampled, but not trained on",
+        "1 of 4 prompts too long for max_tokens = 3900 to follow within SIPO_DECODER_MAX_MODEL_LEN = 4096: bound to fail",
+    ]
+    aligned = (await submit(gateway, [*rows(3), long], policy="new", max_prompts=2)).json()
+    assert aligned["notes"] == [
+        "only the first 2 of 4 prompts sampled: max_prompts is 2",
+        "1 of 4 prompts too long for alignment.max_prompt_tokens = 256: not trained on in the first alignment",
+    ]
+    pairs_only = (await submit(gateway, [long, *rows(1)], stop_after="pairs")).json()
+    assert pairs_only["notes"] == []
+
+
+async def test_more_objectives_than_the_decoder_can_mix_are_refused_at_once(gateway: httpx.AsyncClient, tmp_path: Path) -> None:
+    three = [{**row, "labels": {"a": 0, "b": 1, "c": 1}} for row in rows(2)]
+    refused = await submit(gateway, three, policy="new")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "objectives")
+    assert "SIPO_DECODER_SLOTS=3" in refused.json()["error"]["message"]
+    assert not list((tmp_path / "jobs").glob("*"))
+    taken = await submit(gateway, three, policy="new", mode="soup")
+    assert taken.status_code == 201, taken.text

@@ -49,9 +49,9 @@ def test_held_out_rows_are_left_out_and_long_prompts_cut_and_both_are_counted(
     assert (source.offered, source.conflicting, source.objectives) == (3, 2, ["a", "b"])
     assert source.spec.policy.startswith("demo-my-data-")
     assert (source.spec.alignment.max_pairs, source.spec.max_prompts, source.spec.activate) == (7, 16, True)
-    printed = capsys.readouterr().out
-    assert "left out: 2 rows: their `split` holds them out" in printed
-    assert "left out: 1 prompts' middles: they had more than 256 tokens" in printed
+    printed = capsys.readouterr()
+    assert "rows whose `split` holds them out of training (2)" in printed.err
+    assert "cut in the middle: 1 prompt of more than 256 tokens" in printed.out
 
 
 def test_a_second_run_starts_from_the_policies_that_the_first_one_aligned(settings: CommonSettings, tmp_path: Path) -> None:
@@ -66,7 +66,9 @@ def test_a_second_run_starts_from_the_policies_that_the_first_one_aligned(settin
 
 
 def test_data_that_cannot_make_a_round_is_refused(settings: CommonSettings, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="none of the 1 rows"):
+    with pytest.raises(InvalidRequest, match=r"a job of 3 objectives .* needs a decoder with SIPO_DECODER_SLOTS=3"):
+        own_input(settings, write(tmp_path / "three.jsonl", {"labels": {"a": 1, "b": 0, "c": 0}}), None, max_pairs=7)
+    with pytest.raises(InvalidRequest, match="none of the 1 row of"):
         own_input(settings, write(tmp_path / "agreeing.jsonl", {"labels": {"a": 1, "b": 1}}), None, max_pairs=7)
     with pytest.raises(InvalidData, match="line 2"):
         own_input(settings, write(tmp_path / "bad.jsonl", {}, {"prompt": ""}), None, max_pairs=7)

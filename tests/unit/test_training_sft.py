@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTTrainer
 
+from sipo.conversation import Message
+from sipo.datasets import Answers, answers_of
 from sipo.errors import Conflict, InvalidRequest, TrainingFailed
 from sipo.models import model_sha256
 from sipo.preferences import Example
@@ -25,6 +27,9 @@ SETTINGS = TrainSettings(epochs=4, learning_rate=1e-2, batch_size=4, lora_rank=4
 
 class Killed(BaseException):
     """As SIGKILL: nothing handles it."""
+
+
+ANSWERED = list(map(answers_of, EXAMPLES))
 
 
 def mean_nll(folder: Path, prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerFast) -> float:
@@ -45,7 +50,7 @@ def mean_nll(folder: Path, prompt_format: PromptFormat, tokenizer: PreTrainedTok
 def test_rows_are_every_different_response_with_labels_on_the_response_alone(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     examples = [*EXAMPLES[:1], EXAMPLES[0].model_copy(update={"response_1": "yes, yes"}), EXAMPLES[1]]
     long = Example(prompt="p" * 300, response_0="a", response_1="b", labels={"warm": 0})
-    rows = sft_rows([*examples, long], PromptFormat.of(tiny_tokenizer), tiny_tokenizer, SETTINGS)
+    rows = sft_rows(map(answers_of, [*examples, long]), PromptFormat.of(tiny_tokenizer), tiny_tokenizer, SETTINGS)
     assert (len(rows.train), rows.validation, rows.left_out) == (4, [], 1)
     texts = set()
     for row in rows.train:
@@ -55,6 +60,16 @@ def test_rows_are_every_different_response_with_labels_on_the_response_alone(tin
     assert texts == {
         (f"u:question {i}<end>\na:", f"{text}<end>") for i, text in ((0, "yes, yes"), (0, "no 0"), (1, "yes, yes"), (1, "no 1"))
     }
+
+
+def test_the_responses_to_a_conversation_are_rows_of_one_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    talk = (Message(role="user", content="x"), Message(role="assistant", content="y"), Message(role="user", content="z"))
+    answered = [Answers(prompt=talk, responses=["no", "yes"]), Answers(prompt=talk, responses=["no", "no!"])]
+    rows = sft_rows(answered, PromptFormat.of(tiny_tokenizer), tiny_tokenizer, SETTINGS)
+    before = "u:x<end>\na:y<end>\nu:z<end>\na:"
+    assert [tiny_tokenizer.decode(row["input_ids"]) for row in rows.train] == [
+        f"{before}{text}<end>" for text in ("no", "yes", "no!")
+    ]
 
 
 @pytest.mark.slow
@@ -71,7 +86,7 @@ def test_a_killed_fine_tuning_goes_on_and_becomes_a_base_with_its_own_hash(
             raise Killed
 
     def tune(out: Path, run: SftRun = run, examples: list[Example] = EXAMPLES) -> Path:
-        return train_sft(run, examples, out, kill_at_5, cache_dir=tmp_path / "cache")
+        return train_sft(run, list(map(answers_of, examples)), out, kill_at_5, cache_dir=tmp_path / "cache")
 
     with pytest.raises(Killed):
         tune(tmp_path / "tuned")
@@ -119,7 +134,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
         said: list[Progress] = []
         # In bfloat16 a sum over another micro-batch is another number.
         run = SftRun(tiny_base, "tiny", PromptFormat.of(tiny_tokenizer), settings, dtype="float32")
-        out = train_sft(run, EXAMPLES, tmp_path / f"at-{micro_batch}", said.append, cache_dir=tmp_path / "cache")
+        out = train_sft(run, ANSWERED, tmp_path / f"at-{micro_batch}", said.append, cache_dir=tmp_path / "cache")
         losses = [progress.loss for progress in said if not progress.note]
         return losses, [progress.note for progress in said if progress.note], json.loads((out / "recipe.json").read_text())
 
@@ -138,4 +153,4 @@ def test_nothing_to_train_on_is_told(tiny_base: Path, tiny_tokenizer: PreTrained
     settings = SETTINGS.model_copy(update={"max_prompt_tokens": 3})
     with pytest.raises(InvalidRequest, match="6 prompts are longer than 3 tokens"):
         run = SftRun(tiny_base, "tiny", PromptFormat.of(tiny_tokenizer), settings)
-        train_sft(run, EXAMPLES, tmp_path / "x", print, cache_dir=tmp_path)
+        train_sft(run, ANSWERED, tmp_path / "x", print, cache_dir=tmp_path)

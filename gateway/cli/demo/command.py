@@ -12,9 +12,10 @@ import typer
 
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
+from gateway.cli.data import tell
 from gateway.cli.demo.input import ROUND_PROMPTS, DemoInput, bundled_input, own_input
 from gateway.cli.demo.results import show_answers, show_report
-from gateway.cli.jobs import submit_file
+from gateway.cli.jobs import submit_files, tell_current
 from gateway.cli.progress import watch_job
 from gateway.cli.up import announce
 from gateway.settings import GatewaySettings
@@ -29,7 +30,7 @@ from sipo.errors import InvalidRequest, NotFound
 
 
 def demo(
-    data: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="JSONL in our schema. Default: bundled.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Any data of `sipo conflicts`. Default: bundled.")] = None,
     objectives: Annotated[str | None, typer.Option(help="With --data: a,b. Default: all labels of the file.")] = None,
     max_pairs: Annotated[int, typer.Option(min=1, help="With --data: training pairs per objective for the first policies.")] = 160,
 ) -> None:
@@ -45,7 +46,7 @@ def demo(
       sipo demo --data pairs.jsonl --objectives quality,conciseness --max-pairs 160
     """
     began = time.monotonic()
-    settings = load(GatewaySettings).model_copy(update={"host": "127.0.0.1"})
+    settings = load(GatewaySettings, writes=True).model_copy(update={"host": "127.0.0.1"})
     if data is None and objectives is not None:
         raise InvalidRequest("--objectives goes with --data: the bundled data has its own")
     names = objectives and [name.strip() for name in objectives.split(",")]
@@ -81,9 +82,10 @@ async def run_round(settings: GatewaySettings, source: DemoInput) -> Job:
 def _round(gateway: Gateway, settings: GatewaySettings, source: DemoInput) -> Job:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "examples.jsonl"
-        file.write_text("".join(f"{example.model_dump_json()}\n" for example in source.examples))
-        job = submit_file(gateway, source.spec, file)
+        file.write_text("".join(f"{example.model_dump_json()}\n" for example in source.examples), encoding="utf-8")
+        job = submit_files(gateway, source.spec, [str(file)])
     console.print(f"posted as {job.id}")
+    tell(job.notes)
     job = watch_job(lambda: gateway.job(job.id))
     try:
         show_report(Report.model_validate(gateway.get(f"/v1/jobs/{job.id}/report")))
@@ -94,6 +96,7 @@ def _round(gateway: Gateway, settings: GatewaySettings, source: DemoInput) -> Jo
     if job.policy_set:
         prompt = next(example.prompt for example in source.examples if example.conflicting(source.objectives))
         show_answers(gateway, job.policy_set, source.objectives, prompt)
+        tell_current(gateway, job.policy_set)
     console.print(f"\nartifacts: {settings.data_dir / 'jobs' / job.id} (decisions, report, training runs)")
     console.print(f"policies:  {settings.data_dir / 'policies' / job.spec.policy}")
     return job

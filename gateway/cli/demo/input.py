@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gateway.cli.console import console
+from gateway.cli.data import read_sources
+from gateway.jobs.limits import check_limits
 from gateway.shipped import publish_shipped
 from services.common.contract.jobs import JobSpec
-from services.common.settings import CommonSettings
-from sipo.datasets import bundled_examples, read_source
+from services.common.limits import Limits, MixingSettings
+from services.common.settings import CommonSettings, load
+from sipo.datasets import bundled_examples
 from sipo.errors import InvalidRequest
 from sipo.models import resolve_model
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
+from sipo.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,25 +60,25 @@ def _spec(policy: str, objectives: list[str]) -> JobSpec:
     )
 
 
-def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None, max_pairs: int) -> DemoInput:
+def own_input(settings: CommonSettings, source: str | Path, objectives: list[str] | None, max_pairs: int) -> DemoInput:
     """The rows to train on, conflicting ones among them as the round's prompts. Long prompts are cut; prints what is left out.
 
     Policies that an earlier run aligned on the same rows are made current again, so that the round starts from them.
     """
-    examples, left_out = _usable(settings, path)
-    for reason, count in left_out.items():
-        console.print(f"left out: {count} {reason}")
+    examples = _usable(settings, read_sources([str(source)]).labelled())
     objectives = objectives or list(dict.fromkeys(name for example in examples for name in example.labels))
     conflicting = sum(example.conflicting(objectives) for example in examples)
     if not conflicting:
-        raise InvalidRequest(f"none of the {len(examples)} rows of {path} conflicts on {', '.join(objectives)}")
+        raise InvalidRequest(f"none of the {counted(len(examples), 'row')} of {source} conflicts on {', '.join(objectives)}")
     key = json.dumps([objectives, max_pairs, settings.model, *(example.model_dump() for example in examples)])
-    stem = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:40]
+    stem = re.sub(r"[^a-z0-9]+", "-", Path(source).stem.lower()).strip("-")[:40]
     name = f"demo-{stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     store = settings.policies
     if aligned := [known for known in store.sets() if known.manifest.name == name and known.manifest.round == 0]:
         console.print(f"policies: {store.activate(aligned[0].id).id}, aligned by an earlier run")
     spec = _spec(name, objectives)
+    mixing = load(MixingSettings)
+    check_limits(spec, Limits(slots=mixing.decoder_slots, max_model_len=mixing.decoder_max_model_len))
     # As the shipped policies were trained: one epoch in small steps.
     small = {"epochs": 1, "batch_size": 4, "max_pairs": max_pairs, "max_prompt_tokens": MAX_PROMPT_TOKENS}
     alignment = spec.alignment.model_copy(update=small)
@@ -82,26 +86,25 @@ def own_input(settings: CommonSettings, path: Path, objectives: list[str] | None
     return DemoInput(examples, objectives, spec, len(examples), conflicting)
 
 
-def _usable(settings: CommonSettings, path: Path) -> tuple[list[Example], Counter[str]]:
-    """The rows for training and generating, and what was left out of them, counted."""
+def _usable(settings: CommonSettings, examples: Sequence[Example]) -> list[Example]:
+    """The examples with prompts that the demo has time for; prints what is cut and what is left out."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(settings.model, settings.cache_dir))
     prompt_format = PromptFormat.of(tokenizer)
-    reading = read_source(path)
-    # A row is an example, unless HelpSteer's rows were joined: those have no split.
-    lines = [line for line in path.read_text().splitlines() if line.strip()] if reading.format != "helpsteer" else []
-    splits = [json.loads(line).get("split") for line in lines] or [None] * len(reading.examples)
-    examples, left_out = [], Counter({f"rows: {reason}": count for reason, count in reading.left_out.items()})
-    for split, example in zip(splits, reading.examples, strict=True):
-        if split in HELD_OUT_SPLITS:
-            left_out["rows: their `split` holds them out of training"] += 1
-            continue
-        prompt = cut_middle(example.prompt, prompt_format, tokenizer)
-        if prompt != example.prompt:
-            left_out[f"prompts' middles: they had more than {MAX_PROMPT_TOKENS} tokens"] += 1
-        examples.append(example.model_copy(update={"prompt": prompt}))
-    return examples, left_out
+    usable, cut = [], 0
+    for example in examples:
+        if isinstance(example.prompt, str):
+            prompt = cut_middle(example.prompt, prompt_format, tokenizer)
+            cut += prompt != example.prompt
+            usable.append(example.model_copy(update={"prompt": prompt}))
+        elif len(prompt_format.prompt_ids(example.prompt, tokenizer)) <= MAX_PROMPT_TOKENS:
+            usable.append(example)
+    if cut:
+        console.print(f"cut in the middle: {counted(cut, 'prompt')} of more than {MAX_PROMPT_TOKENS} tokens")
+    if long := len(examples) - len(usable):
+        console.print(f"left out: {counted(long, 'conversation')} of more than {MAX_PROMPT_TOKENS} tokens")
+    return usable
 
 
 def cut_middle(prompt: str, prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> str:

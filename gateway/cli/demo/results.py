@@ -10,6 +10,7 @@ from rich.table import Table
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
 from services.common.contract.reports import Report, RoundReport
+from sipo.conversation import Prompt, as_messages, as_text
 from sipo.preferences import Weights, format_weights, one_hot_weights, uniform_weights
 from sipo.training.settings import TrainMetrics
 
@@ -57,9 +58,9 @@ def _show_training(title: str, metrics: Mapping[str, TrainMetrics]) -> None:
     console.print(table)
 
 
-def show_answers(gateway: Gateway, policy_set: str, objectives: Sequence[str], prompt: str) -> None:
+def show_answers(gateway: Gateway, policy_set: str, objectives: Sequence[str], prompt: Prompt) -> None:
     """The same question at three preference weights, asked at once: the decoder answers them in one batch."""
-    console.print(f"\n{policy_set} at three preference weights, asked: {prompt}", markup=False)
+    console.print(f"\n{policy_set} at three preference weights, asked: {as_text(prompt)}", markup=False)
     first, second = objectives[:2]
     asked = [one_hot_weights(first, objectives), uniform_weights(objectives), one_hot_weights(second, objectives)]
 
@@ -67,7 +68,7 @@ def show_answers(gateway: Gateway, policy_set: str, objectives: Sequence[str], p
         body = {
             "model": policy_set,
             "preference_weights": weights,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": as_messages(prompt),
             "temperature": 0,
             "max_tokens": 128,
         }

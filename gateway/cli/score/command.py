@@ -19,13 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gateway.cli.console import complaints
+from gateway.cli.data import SOURCES, SOURCES_HELP, read_sources
 from gateway.cli.progress import LINE_SECONDS
-from gateway.cli.score.files import RowToScore, ScoredRow, check_out, read_rows, scored_before
+from gateway.cli.score.files import ScoredRow, check_out, scored_before
+from gateway.shipped import SHIPPED, get_set
 from services.common.settings import CommonSettings, load
+from sipo.datasets import Answers
 from sipo.errors import InvalidRequest
-from sipo.models import Base
+from sipo.models import BUNDLED_MODEL, Base
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import Weights, format_weights, normalize_weights, parse_weights, sampling_weights
+from sipo.words import counted, share
 
 if TYPE_CHECKING:
     from sipo.rewards import Group, RewardModel, Rewards
@@ -35,11 +39,8 @@ SHOWN_ERRORS = 5
 
 def score(
     data: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="JSONL with a `prompt` and a list of `responses` a row; or labelled pairs, as for `sipo conflicts`.",
-        ),
+        list[str],
+        typer.Argument(metavar=SOURCES, help=f"Rows with a `prompt` and a list of `responses`; or any other data: {SOURCES_HELP}"),
     ],
     *,
     policy_set: Annotated[str | None, typer.Option(help="NAME or NAME:VERSION. Default: the only policy.")] = None,
@@ -64,10 +65,10 @@ def score(
     if no_soups and weights:
         raise InvalidRequest("--weights are those of soups: leave out either them or --no-soups")
     check_out(out, resume)
-    rows = read_rows(data)
+    rows = read_sources(data, held_out=True).answers()  # nothing is trained: every split may be scored
     settings = load(CommonSettings)
     store = settings.policies
-    chosen = store.get(policy_set or _only_name(store))
+    chosen = get_set(settings, policy_set or _only_name(settings))
     objectives = chosen.objectives
     wanted = [normalize_weights(parse_weights(text, param="weights"), objectives, param="weights") for text in weights or []]
     soups = [] if no_soups else wanted or sampling_weights(objectives)
@@ -84,15 +85,19 @@ def score(
                 advance(len(batch))
     except KeyboardInterrupt:
         if out:
-            complaints.print(f"{len(scored)} of {len(rows)} rows are in {out}: go on with --resume", markup=False)
+            complaints.print(f"{out} has {share(len(scored), len(rows), 'row')}: go on with --resume", markup=False)
         raise
     _summarise(scored, objectives)
+    if scored and all(row.error is not None for row in scored):
+        raise typer.Exit(1)
 
 
-def _only_name(store: PolicyStore) -> str:
-    names = store.names()
+def _only_name(settings: CommonSettings) -> str:
+    names = settings.policies.names()
+    if not names and settings.model == BUNDLED_MODEL:
+        return SHIPPED
     if len(names) != 1:
-        known = f"there are {', '.join(names)}" if names else f"there are none in {store.root} yet"
+        known = f"there are {', '.join(names)}" if names else f"there are none in {settings.policies.root} yet"
         raise InvalidRequest(f"name a policy set with --policy-set: {known}")
     return names[0]
 
@@ -125,10 +130,10 @@ class _Scorer:
         model.score(policy_set.id, [])  # what is wrong with the policies shows before anything is written
         return cls(model, base.tokenizer, policy_set, soups, length_normalized)
 
-    def batches(self, rows: Sequence[RowToScore]) -> Iterator[list[ScoredRow]]:
+    def batches(self, rows: Sequence[Answers]) -> Iterator[list[ScoredRow]]:
         """In order, as many rows at a time as the model takes in one pass."""
         longest = self.model.token_budget // (1 + len(self.policy_set.objectives) + len(self.soups))
-        batch: list[tuple[RowToScore, Group | str]] = []
+        batch: list[tuple[Answers, Group | str]] = []
         tokens = 0
         for row in rows:
             group = self._group(row)
@@ -140,7 +145,7 @@ class _Scorer:
             tokens += size
         yield self._score(batch)
 
-    def _group(self, row: RowToScore) -> Group | str:
+    def _group(self, row: Answers) -> Group | str:
         """The row in tokens, or why it cannot be scored."""
         from sipo.rewards import Group
 
@@ -153,12 +158,12 @@ class _Scorer:
             return error.message
         return group
 
-    def _score(self, batch: Sequence[tuple[RowToScore, Group | str]]) -> list[ScoredRow]:
+    def _score(self, batch: Sequence[tuple[Answers, Group | str]]) -> list[ScoredRow]:
         groups = [group for _, group in batch if not isinstance(group, str)]
         found = iter(self.model.score(self.policy_set.id, groups, self.soups))
         return [self._scored(row, group, [] if isinstance(group, str) else next(found)) for row, group in batch]
 
-    def _scored(self, row: RowToScore, group: Group | str, rewards: list[Rewards]) -> ScoredRow:
+    def _scored(self, row: Answers, group: Group | str, rewards: list[Rewards]) -> ScoredRow:
         from sipo.rewards import per_token
 
         scored = ScoredRow(
@@ -199,7 +204,7 @@ def _progress(rows: int, before: int) -> Iterator[Callable[[int], None]]:
             now = time.monotonic()
             if not complaints.is_terminal and now - said >= LINE_SECONDS:
                 left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
-                complaints.print(f"{now - began:6.0f} s  {task.completed:.0f} of {rows} rows{left}")
+                complaints.print(f"{now - began:6.0f} s  {share(int(task.completed), rows, 'row')}{left}")
                 said = now
 
         yield advance
@@ -207,7 +212,7 @@ def _progress(rows: int, before: int) -> Iterator[Callable[[int], None]]:
 
 def _summarise(scored: Sequence[ScoredRow], objectives: Sequence[str]) -> None:
     failed = [(number, row.error) for number, row in enumerate(scored, start=1) if row.error is not None]
-    complaints.print(f"{len(scored) - len(failed)} rows scored, {len(failed)} could not be")
+    complaints.print(f"{counted(len(scored) - len(failed), 'row')} scored, {len(failed)} could not be")
     for number, error in failed[:SHOWN_ERRORS]:
         complaints.print(f"row {number}: {error}", markup=False)
     if len(failed) > SHOWN_ERRORS:

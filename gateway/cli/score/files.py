@@ -1,36 +1,21 @@
-"""The files of `sipo score`: rows to be scored, and scored rows, of which an interrupted run leaves the first ones."""
+"""What `sipo score` writes: scored rows, of which an interrupted run leaves the first ones."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
-from gateway.cli.own_rows import read_rows_or_examples
+from sipo.conversation import Prompt
+from sipo.datasets import Answers
 from sipo.errors import InvalidRequest
-from sipo.preferences import Example, ObjectiveName
+from sipo.preferences import ObjectiveName
 
 LINE_START = b'{"policy_set":'
 """Of a ScoredRow: what does not begin so is no torn line of ours."""
-
-Labels = dict[ObjectiveName, Literal[0, 1]]
-
-
-class RowToScore(BaseModel):
-    """A prompt and responses that ended by themselves; labels, as in Example, only where there are two."""
-
-    prompt: str = Field(min_length=1)
-    responses: list[str] = Field(min_length=1)
-    labels: Labels | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.labels and len(self.responses) != 2:
-            raise ValueError(f"labels compare two responses, here are {len(self.responses)}")
-        return self
 
 
 class ScoredRow(BaseModel):
@@ -38,8 +23,8 @@ class ScoredRow(BaseModel):
 
     policy_set: str
     length_normalized: bool
-    prompt: str
-    labels: Labels | None = None
+    prompt: Prompt
+    labels: dict[ObjectiveName, Literal[0, 1]] | None = None
     rewards: list[dict[str, float]] | None = None
     error: str | None = None
 
@@ -54,20 +39,7 @@ def check_out(out: Path | None, resume: bool) -> None:
         raise InvalidRequest(f"{out} exists: name another file, or go on with it by --resume")
 
 
-def read_rows(data: str) -> list[RowToScore]:
-    """The rows of our own format or of a labelled one."""
-    found = read_rows_or_examples(data, RowToScore, {"responses"}, "a row needs a prompt and responses, a list of texts")
-    return [
-        RowToScore(prompt=one.prompt, responses=[one.response_0, one.response_1], labels=one.labels)
-        if isinstance(one, Example)
-        else one[1]
-        for one in found
-    ]
-
-
-def scored_before(
-    out: Path, rows: Sequence[RowToScore], policy_set: str, length_normalized: bool, names: set[str]
-) -> list[ScoredRow]:
+def scored_before(out: Path, rows: Sequence[Answers], policy_set: str, length_normalized: bool, names: set[str]) -> list[ScoredRow]:
     """The rows that an interrupted run left in `out`; a line that it could not finish is cut off. Raises InvalidRequest if they do
     not belong to this run."""
     *lines, torn = out.read_bytes().split(b"\n")

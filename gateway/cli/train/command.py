@@ -14,29 +14,34 @@ import typer
 from rich.table import Table
 
 from gateway.cli.console import complaints, console
-from gateway.cli.train.data import read_data
+from gateway.cli.data import SOURCES, SOURCES_HELP, read_sources, tell, tell_slots
 from gateway.cli.train.options import Options, Settings, check_publishable, method_for, plan
 from gateway.cli.train.progress import Display
+from gateway.shipped import get_set
 from services.common.local.training import launch_command, run_child
 from services.common.settings import CommonSettings, load
+from sipo.datasets.doubts import doubtful_labels
 from sipo.errors import InvalidRequest
+from sipo.files import expanded
 from sipo.models import Base
+from sipo.resources import check, needed_by_training
 from sipo.training.planning import Planner
 from sipo.training.presets import read_preset, read_settings
-from sipo.training.run_set import RunSet
+from sipo.training.run_set import RunSet, runs_sha256
 from sipo.training.settings import Method, TrainMetrics, TrainSettings
+from sipo.words import counted
 
 
 def train(
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="Labelled data, as for `sipo conflicts`; or pairs: JSONL with prompt, chosen, rejected, as a job's.",
-        ),
-    ],
+    data: Annotated[list[str], typer.Argument(metavar=SOURCES, help=SOURCES_HELP)],
     *,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder of the runs, one in it for each policy.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="The folder of the runs, one in it for each policy. Default: one of its own in SIPO_DATA_DIR/runs.",
+        ),
+    ] = None,
     method: Annotated[
         Method | None,
         typer.Option(
@@ -64,21 +69,30 @@ def train(
 
     Examples:
 
+      sipo train helpful=a.jsonl harmless=b.jsonl --publish mine
+
       sipo train labelled.jsonl --out runs/first --publish mine
 
       sipo train pairs.jsonl --out runs/second --start mine:1 --publish mine
 
       sipo train labelled.jsonl --out runs/lw --method lw --weights concise=0.4,warm=0.6
     """
-    file = read_data(data)
+    dataset = read_sources(data)
     options = Options(start=start, objectives=objectives, weights=weights, objective=objective, publish=publish)
-    chosen = method_for(method, file, options)
+    chosen = method_for(method, dataset, options)
     by_method = Settings(read_preset(preset), TrainSettings() if settings is None else read_settings(settings))
     command = launch_command(accelerate)
     common = load(CommonSettings)
-    store = common.policies
-    planner = Planner(Base.open(common.model, common.cache_dir), None if start is None else store.get(start))
-    runs = RunSet(out.expanduser().absolute(), plan(planner, chosen, file, options, by_method))
+    planner = Planner(Base.open(common.model, common.cache_dir), None if start is None else get_set(common, start))
+    planned = plan(planner, chosen, dataset, options, by_method)
+    if chosen != "sipo":
+        learned = dict.fromkeys(name for one in planned for name in one.run.weights or [one.run.objective])
+        tell(doubtful_labels(dataset.labelled(), list(learned)))
+    for one in planned:
+        tell(f"{one.name}: {sentence}" for sentence in one.account(planner.base.tokenizer))
+    folder = common.data_dir / "runs" / f"{publish or chosen}-{runs_sha256(planned)[:8]}" if out is None else expanded(out)
+    check(needed_by_training(planner.base.folder, planned[0].run.settings, len(planned)), folder)
+    runs = RunSet(folder.absolute(), planned)
     if publish is not None:
         check_publishable(publish, runs.planned)
     try:
@@ -88,11 +102,12 @@ def train(
     try:
         metrics = _train(runs, command)
     except KeyboardInterrupt:
-        complaints.print(f"stopped: the same command goes on with what is in {out}", markup=False)
+        complaints.print(f"stopped: the same command goes on with what is in {runs.folder}", markup=False)
         raise
     _summarise(runs, metrics)
     if publish is not None:
-        published = runs.publish(publish, store, planner.base, planner.start)
+        tell_slots(len(planned))
+        published = runs.publish(publish, common.policies, planner.base, planner.start)
         console.print(f"published {published.id}; make it current with `sipo policies activate {published.id}`")
 
 
@@ -101,7 +116,7 @@ def _train(runs: RunSet, command: Sequence[str]) -> dict[str, TrainMetrics]:
     metrics = {}
     with Display() as display:
         for planned in runs.planned:
-            display.begin(planned.name, len(planned.pairs))
+            display.begin(planned.name, counted(len(planned.pairs), "pair"))
             folder = runs.run_folder(planned)
             if (finished := folder.finished()) is not None:
                 metrics[planned.name] = finished
@@ -120,13 +135,6 @@ def _summarise(runs: RunSet, metrics: Mapping[str, TrainMetrics]) -> None:
         validation = one.validation_pairs if one.held_out else 0
         table.add_row(name, str(one.pairs), str(validation), *measured, f"{one.seconds:.0f}")
     console.print(table)
-    for name, one in metrics.items():
-        if one.prompts_too_long or one.identical or one.responses_cut:
-            console.print(
-                f"{name}: left out {one.prompts_too_long} pairs with prompts too long and {one.identical} of two equal responses; "
-                f"cut {one.responses_cut} responses",
-                markup=False,
-            )
     if not all(one.held_out for one in metrics.values()):
         console.print("too few pairs to hold some out for validation: loss and reward accuracy are those of the training pairs")
     for planned in runs.planned:

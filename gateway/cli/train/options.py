@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from sipo.errors import InvalidRequest, InvalidWeights
+from sipo.conversation import as_json
+from sipo.datasets import Dataset, Pair
+from sipo.errors import InvalidData, InvalidRequest, InvalidWeights
 from sipo.policies import POLICY_NAME
 from sipo.preferences import BASE, Weights, check_objectives, normalize_weights, parse_weights
+from sipo.training.data import TrainingPair
 from sipo.training.planning import PlannedRun, Planner
 from sipo.training.presets import Preset, changed
 from sipo.training.settings import Method, TrainSettings
-from sipo.training.sources import Labelled, Pairs
 
 NEEDS: Mapping[Method, tuple[str, ...]] = {"dpo": (), "sipo": ("start",), "lw": ("weights",), "modpo": ("weights", "start")}
 TAKES: Mapping[Method, tuple[str, ...]] = {
@@ -20,6 +22,10 @@ TAKES: Mapping[Method, tuple[str, ...]] = {
     "lw": (),
     "modpo": ("objective",),
 }
+WITHOUT_OBJECTIVE = (
+    "name no objective: give a file for each, as helpful=FILE harmless=FILE, or a column `objective`; or go on from policies with "
+    "--start NAME"
+)
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,21 @@ class Options:
     publish: str | None
 
 
-def method_for(method: Method | None, data: Labelled | Pairs, options: Options) -> Method:
+def method_for(method: Method | None, data: Dataset, options: Options) -> Method:
     """The method asked for, or the data's own. Raises InvalidRequest where method, data and options do not fit together."""
-    paired = isinstance(data, Pairs)
-    chosen: Method = method or ("sipo" if paired else "dpo")
-    if paired != (chosen == "sipo"):
-        wanted, found = ("pairs", "labelled data") if chosen == "sipo" else ("labelled data", "pairs")
-        other = "dpo, lw and modpo take" if chosen == "sipo" else "sipo takes"
-        raise InvalidRequest(f"the method {chosen} takes {wanted}, and the file holds {found}, which {other}", param="method")
+    pairs = [row for row in data.rows if isinstance(row, Pair)]
+    of_objectives = all(pair.objective is not None for pair in pairs)
+    chosen: Method = method or ("sipo" if pairs and (options.start is not None or not of_objectives) else "dpo")
+    if chosen == "sipo" and not pairs:
+        raise InvalidRequest(
+            f"the method sipo takes pairs, and the data is labelled ({data.format}), which dpo, lw and modpo take", param="method"
+        )
+    if chosen != "sipo" and not of_objectives:
+        raise InvalidRequest(f"the method {chosen} takes labelled data, and these pairs {WITHOUT_OBJECTIVE}", param="method")
     given = {name for name, value in asdict(options).items() if value is not None}
     if missing := [name for name in NEEDS[chosen] if name not in given]:
-        raise InvalidRequest(f"the method {chosen} needs --{missing[0]}", param=missing[0])
+        hint = f": these pairs {WITHOUT_OBJECTIVE}" if chosen == "sipo" and not of_objectives else ""
+        raise InvalidRequest(f"the method {chosen} needs --{missing[0]}{hint}", param=missing[0])
     taken = (*NEEDS[chosen], *TAKES[chosen])
     if surplus := sorted(given - {*taken}):
         known = ", ".join(f"--{name}" for name in taken)
@@ -68,23 +78,20 @@ class Settings:
         return changed(self.preset.sipo_for(objective), self.given)
 
 
-def plan(planner: Planner, method: Method, data: Labelled | Pairs, options: Options, settings: Settings) -> list[PlannedRun]:
+def plan(planner: Planner, method: Method, data: Dataset, options: Options, settings: Settings) -> list[PlannedRun]:
     """The runs of a method that fits its data and its options: see method_for."""
-    if isinstance(data, Pairs):
-        runs = _sipo(planner, data, options.objectives, settings)
-    elif options.weights is None:
-        objectives = _chosen(options.objectives, data.objectives, "the file has labels for")
+    if method == "sipo":
+        return _sipo(planner, data, options.objectives, settings)
+    examples = data.labelled()
+    known = list(dict.fromkeys(name for example in examples for name in example.labels))
+    if options.weights is None:
+        objectives = _chosen(options.objectives, known, "the data has labels for")
         check_objectives(objectives)
-        runs = [planner.dpo(objective, data.examples, settings.alignment) for objective in objectives]
-    else:
-        weights = _weights(options.weights, data)
-        if method == "lw":
-            runs = [planner.lw(weights, data.examples, settings.alignment)]
-        else:
-            runs = [planner.modpo(_own(options.objective, weights), weights, data.examples, settings.alignment)]
-    for planned in runs:
-        planned.check_usable(planner.base.tokenizer)
-    return runs
+        return [planner.dpo(objective, examples, settings.alignment) for objective in objectives]
+    weights = _weights(options.weights, known)
+    if method == "lw":
+        return [planner.lw(weights, examples, settings.alignment)]
+    return [planner.modpo(_own(options.objective, weights), weights, examples, settings.alignment)]
 
 
 def check_publishable(name: str, runs: Sequence[PlannedRun]) -> None:
@@ -95,12 +102,21 @@ def check_publishable(name: str, runs: Sequence[PlannedRun]) -> None:
         raise InvalidRequest(f"--publish needs two or more objectives, here is {runs[0].name} alone")
 
 
-def _sipo(planner: Planner, data: Pairs, objectives: str | None, settings: Settings) -> list[PlannedRun]:
+def _sipo(planner: Planner, data: Dataset, objectives: str | None, settings: Settings) -> list[PlannedRun]:
     assert planner.start is not None
     start = planner.start
-    data.check_objectives(start.objectives, start.id)
+    for line, row in zip(data.lines, data.rows, strict=True):
+        if isinstance(row, Pair) and row.objective not in (None, *start.objectives):
+            known = ", ".join(start.objectives)
+            raise InvalidData(f"`objective` is {row.objective!r}: {start.id} has {known}", line=line)
+
+    def pairs_of(objective: str) -> Iterator[TrainingPair]:
+        for row in data.rows:
+            if isinstance(row, Pair) and row.objective in (None, objective):
+                yield TrainingPair(prompt=as_json(row.prompt), chosen=row.chosen, rejected=row.rejected)
+
     names = _chosen(objectives, start.objectives, f"{start.id} has policies for")
-    return [planner.sipo(name, data.of(name), settings.sipo_for(name)) for name in names]
+    return [planner.sipo(name, pairs_of(name), settings.sipo_for(name)) for name in names]
 
 
 def _own(objective: str | None, weights: Weights) -> str:
@@ -118,8 +134,8 @@ def _chosen(objectives: str | None, known: Sequence[str], owner: str) -> list[st
     return names
 
 
-def _weights(text: str, data: Labelled) -> Weights:
+def _weights(text: str, known: Sequence[str]) -> Weights:
     """Those that are named are the method's objectives."""
     weights = parse_weights(text, param="weights")
-    _chosen(",".join(weights), data.objectives, "the file has labels for")
+    _chosen(",".join(weights), known, "the data has labels for")
     return normalize_weights(weights, list(weights), param="weights")

@@ -22,7 +22,7 @@ class Display:
             BarColumn(bar_width=12),
             TextColumn("{task.fields[words]}", markup=False),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_interactive,
         )
         self._began = time.monotonic()
 
@@ -33,11 +33,12 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bars.stop()
 
-    def begin(self, name: str, pairs: int) -> None:
+    def begin(self, name: str, data: str) -> None:
+        """`data`: how much there is to train on, such as "12 pairs"."""
         self._name = name
         self._stage = ""
-        self._task = self._bars.add_task(name, total=None, words=f"loads the model, {pairs} pairs")
-        self._line(f"loads the model, {pairs} pairs")
+        self._task = self._bars.add_task(name, total=None, words=f"loads the model, {data}")
+        self._line(f"loads the model, {data}")
 
     async def tell(self, progress: Training) -> None:
         if progress.note is not None:
@@ -54,7 +55,7 @@ class Display:
 
     def _line(self, text: str) -> None:
         self._said = time.monotonic()
-        if not console.is_terminal:
+        if not console.is_interactive:
             console.print(f"{self._said - self._began:6.0f} s  {self._name}: {text}", markup=False)
 
 

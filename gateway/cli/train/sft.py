@@ -9,19 +9,21 @@ from typing import Annotated
 import typer
 
 from gateway.cli.console import complaints, console
-from gateway.cli.train.data import read_data
+from gateway.cli.data import SOURCES, SOURCES_HELP, read_sources, tell
 from gateway.cli.train.progress import Display
 from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
+from sipo.files import expanded
 from sipo.models import Base
+from sipo.resources import check, needed_by_sft
 from sipo.training.presets import NOT_OF_SFT, changed, read_preset, read_settings
 from sipo.training.process import take_one_gpu
 from sipo.training.settings import TrainSettings
-from sipo.training.sources import Labelled
+from sipo.words import counted
 
 
 def sft(
-    data: Annotated[str, typer.Argument(metavar="FILE", help="Labelled data, as for `sipo conflicts`; the labels do not matter.")],
+    data: Annotated[list[str], typer.Argument(metavar=SOURCES, help=SOURCES_HELP)],
     *,
     out: Annotated[Path, typer.Option(file_okay=False, help="The new base: a folder that is not there yet.")],
     preset: Annotated[str, typer.Option(help="small, or the paper's values: beavertails, helpsteer.")] = "small",
@@ -29,9 +31,9 @@ def sft(
         Path | None, typer.Option(dir_okay=False, help="YAML with training settings; they win over the preset.")
     ] = None,
 ) -> None:
-    """Fine-tune the base model (SIPO_MODEL) on every response of a file. The same command again goes on where it was stopped.
+    """Fine-tune the base model (SIPO_MODEL) on every response of the data. The same command again goes on where it was stopped.
 
-    The new base has a hash of its own: policies are aligned on it anew.
+    Labels do not matter. The new base has a hash of its own: policies are aligned on it anew.
 
     Example:
 
@@ -39,30 +41,30 @@ def sft(
 
       SIPO_MODEL=models/tuned sipo up
     """
-    file = read_data(data)
-    if not isinstance(file, Labelled):
-        raise InvalidRequest("fine-tuning takes labelled data, and the file holds pairs")
+    answered = read_sources(data).answers()
     given = TrainSettings() if settings is None else read_settings(settings)
     if foreign := sorted(given.model_fields_set & NOT_OF_SFT):
         raise InvalidRequest(f"{settings} sets {', '.join(foreign)}: fine-tuning has no pairs, leave it out", param="settings")
     chosen = changed(read_preset(preset).sft, given)
     common = load(CommonSettings)
     base = Base.open(common.model, common.cache_dir)
+    check(needed_by_sft(base.folder, chosen), expanded(out))
 
     take_one_gpu()
     from transformers.utils.logging import disable_progress_bar
 
-    from sipo.training.sft import SftRun, train_sft
+    from sipo.training.sft import SftRun, account, train_sft
 
     disable_progress_bar()
     run = SftRun(base.folder, base.ref.name, base.prompt_format, chosen)
+    tell(account(answered, base.prompt_format, base.tokenizer, chosen))
     with Display() as display:
-        display.begin("sft", len(file.examples))
+        display.begin("sft", counted(len(answered), "row"))
         try:
             made = train_sft(
                 run,
-                file.examples,
-                out.expanduser().absolute(),
+                answered,
+                expanded(out).absolute(),
                 lambda progress: asyncio.run(display.tell(progress)),
                 cache_dir=common.cache_dir,
             )
