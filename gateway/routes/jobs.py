@@ -114,7 +114,7 @@ def _inline(body: bytes) -> InlineJob:
     try:
         return _parse(InlineJob, body)
     except InvalidRequest as error:
-        if error.param is not None and body.lstrip().startswith(b"{"):
+        if "." in (error.param or ""):  # within the specification or a row: the body's form is right
             raise
         raise InvalidRequest(
             f"{error.message}; a job is JSON with `spec` and `examples`, or a form (multipart/form-data) with the field `spec` and "

@@ -12,6 +12,7 @@ from services.trainer.pairs import pareto_pairs_of
 from sipo.conversation import as_text
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.training.data import Design
+from sipo.words import counted
 
 ADVICE = {
     "worse_than_original": "more samples_per_weight or another temperature gives more to choose from",
@@ -49,11 +50,11 @@ def why_not_trainable(decisions: Sequence[PromptDecided], objectives: Iterable[s
     figures = funnel(decisions)
     failed = next((decision.error for decision in decisions if decision.outcome == "failed"), None)
     if figures.failed == figures.prompts:
-        return f"every one of {figures.prompts} prompts failed, the first with: {failed}"
+        return f"all of {counted(figures.prompts, 'prompt')} failed, the first with: {failed}"
     rules = ", ".join(f"{count} {rule}" for rule, count in figures.rejected.items()) or "none"
     reason = (
-        f"no response passed the filter for {', '.join(without)}, in {figures.prompts} prompts with {figures.candidates} "
-        f"candidates (rejected: {rules}; prompts failed: {figures.failed})"
+        f"no response passed the filter for {', '.join(without)}, in {counted(figures.prompts, 'prompt')} with "
+        f"{counted(figures.candidates, 'candidate')} (rejected: {rules}; prompts failed: {figures.failed})"
     )
     advice = ADVICE.get(next(iter(figures.rejected), ""))
     return f"{reason}: {advice}" if advice else reason

@@ -12,6 +12,7 @@ import yaml
 from sipo.preferences import format_weights
 from sipo.training.run_folder import CARD, CURVE, HISTORY, RunFolder, data_sha256
 from sipo.training.settings import Method, TrainMetrics, TrainRun
+from sipo.words import counted
 
 METHODS: Mapping[Method, str] = {"dpo": "DPO (Eq. 2)", "sipo": "SIPO (Eq. 8)", "lw": "DPO LW", "modpo": "MODPO"}
 
@@ -57,7 +58,9 @@ def card(run: TrainRun, metrics: TrainMetrics, pairs_sha256: str) -> str:
     """A Hugging Face model card: what the adapter is, what it was trained on and how, and how it went."""
     method = METHODS[run.method] + (f" at {format_weights(run.weights)}" if run.weights else "")
     begin = "a fresh LoRA" if run.start is None else "the policy of the round before, itself frozen as reference"
-    kept = f"{metrics.pairs} pairs" + (f", {metrics.validation_pairs} more held out for validation" if metrics.held_out else "")
+    kept = counted(metrics.pairs, "pair") + (
+        f", {metrics.validation_pairs} more held out for validation" if metrics.held_out else ""
+    )
     left_out = f"{metrics.prompts_too_long} with prompts too long, {metrics.identical} with two equal responses"
     rows = "\n".join(
         f"| {name} | {getattr(metrics.before, name):.4f} | {getattr(metrics.after, name):.4f} |"
@@ -74,7 +77,7 @@ def card(run: TrainRun, metrics: TrainMetrics, pairs_sha256: str) -> str:
 
 A LoRA adapter on {run.base_name}, trained by {method} from {begin}.
 
-- Data: {kept}; left out: {left_out}; {metrics.responses_cut} responses cut. SHA-256 of the pairs: `{pairs_sha256}`.
+- Data: {kept}; left out: {left_out}; {counted(metrics.responses_cut, "response")} cut. SHA-256 of the pairs: `{pairs_sha256}`.
 - Steps: {metrics.steps}, kept: step {metrics.best_step}; {metrics.dtype}; {metrics.seconds:.0f} s.
 
 | on the {validation} | before | after |

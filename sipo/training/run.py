@@ -206,7 +206,7 @@ def _left_out(data: TokenisedPairs, max_prompt_tokens: int) -> str:
     if not counts:
         return "there are no pairs"
     return (
-        f"{counts['prompts_too_long']} prompts are longer than max_prompt_tokens = {max_prompt_tokens}, "
+        f"{counted(counts['prompts_too_long'], 'prompt')} longer than max_prompt_tokens = {max_prompt_tokens}, "
         f"in {counts['identical']} pairs chosen and rejected are the same"
     )
 

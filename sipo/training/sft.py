@@ -135,7 +135,9 @@ def train_sft(run: SftRun, answered: Sequence[Answers], out: Path, report: Calla
     rows = sft_rows(answered, run.prompt_format, tokenizer, settings)
     if not rows.train:
         longest = settings.max_prompt_tokens
-        raise InvalidRequest(f"no response to train on: {rows.left_out} prompts are longer than {longest} tokens")
+        raise InvalidRequest(
+            f"no response to train on: {counted(rows.left_out, 'prompt')} of more than max_prompt_tokens = {longest}"
+        )
     recipe: dict[str, Any] = {
         "base": {"name": run.base_name, "sha256": model_sha256(run.base, cache_dir)},
         "prompt_format": run.prompt_format.model_dump(mode="json"),

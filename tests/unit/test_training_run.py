@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_ends_the_run_without_an_adapter(run: TrainRun,
 
 
 def test_no_usable_pair_is_told_with_the_reason(run: TrainRun, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="2 prompts are longer than max_prompt_tokens = 5"):
+    with pytest.raises(InvalidRequest, match="2 prompts longer than max_prompt_tokens = 5"):
         go(changed(run, max_prompt_tokens=5), tmp_path, PAIRS[:2])
 
 

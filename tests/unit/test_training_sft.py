@@ -151,6 +151,6 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
 
 def test_nothing_to_train_on_is_told(tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"max_prompt_tokens": 3})
-    with pytest.raises(InvalidRequest, match="6 prompts are longer than 3 tokens"):
+    with pytest.raises(InvalidRequest, match="6 prompts of more than max_prompt_tokens = 3"):
         run = SftRun(tiny_base, "tiny", PromptFormat.of(tiny_tokenizer), settings)
         train_sft(run, ANSWERED, tmp_path / "x", print, cache_dir=tmp_path)

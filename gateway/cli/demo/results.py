@@ -13,6 +13,7 @@ from services.common.contract.reports import Report, RoundReport
 from sipo.conversation import Prompt, as_messages, as_text
 from sipo.preferences import Weights, format_weights, one_hot_weights, uniform_weights
 from sipo.training.settings import TrainMetrics
+from sipo.words import counted, share
 
 
 def show_report(report: Report) -> None:
@@ -27,10 +28,10 @@ def show_report(report: Report) -> None:
 
 def _show_round(report: RoundReport, title: str) -> None:
     funnel = report.funnel
-    console.print(f"\n{title}candidates made: {funnel.candidates} for {funnel.prompts} prompts ({funnel.failed} prompts failed)")
+    console.print(f"\n{title}candidates made: {funnel.candidates} for {counted(funnel.prompts, 'prompt')} ({funnel.failed} failed)")
     for rule, count in funnel.rejected.items():
         console.print(f"  rejected as {rule.replace('_', ' ')}: {count}")
-    console.print(f"accepted: {funnel.accepted} of {funnel.prompts} prompts, which make {funnel.pairs} pairs")
+    console.print(f"accepted: {share(funnel.accepted, funnel.prompts, 'prompt')}, which make {counted(funnel.pairs, 'pair')}")
     if report.ground_truth:
         table = Table("ground truth of accepted prompts", "response_0", "response_1", "new answer", box=None, header_style="bold")
         for objective, means in report.ground_truth.items():
@@ -52,8 +53,8 @@ def _show_training(title: str, metrics: Mapping[str, TrainMetrics]) -> None:
         table.add_row(objective, str(run.pairs), str(run.steps), *(f"{figure:.3f}" for figure in figures), f"{run.seconds:.0f}")
         if run.prompts_too_long or run.identical or run.responses_cut:
             console.print(
-                f"{objective}: left out {run.prompts_too_long} pairs with long prompts and {run.identical} identical ones, "
-                f"cut {run.responses_cut} responses"
+                f"{objective}: left out {counted(run.prompts_too_long, 'pair')} with long prompts and {run.identical} identical, "
+                f"cut {counted(run.responses_cut, 'response')}"
             )
     console.print(table)
 
