@@ -1,4 +1,4 @@
-"""Parts that the trainer's tests share."""
+"""Parts that the tests of the trainer share, and those of callers of a gateway."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
     from services.trainer.rounds import Stages
+    from tests.fakes import FakeDecoder
 
 
 @pytest.fixture
@@ -40,28 +41,25 @@ def stages(tiny_base: Path, data_dir: Path, adapter: Path, runs: list[str]) -> S
 
 
 @pytest.fixture
-def gateway_url(tmp_path: Path, redis_url: str, redis: Redis) -> Iterator[str]:
-    """A gateway with tests.fakes.FakeDecoder behind it, in a thread of its own, for callers that block. Its data lie in tmp_path;
-    "demo" has policies for concise and warm."""
-    import threading
-    import time
+def decoder() -> FakeDecoder:
+    """That of gateway_url."""
+    from tests.fakes import FakeDecoder
 
+    return FakeDecoder()
+
+
+@pytest.fixture
+def gateway_url(tmp_path: Path, redis_url: str, redis: Redis, decoder: FakeDecoder) -> Iterator[str]:
+    """A gateway for callers that block. Its data lie in tmp_path; "demo" has policies for concise and warm."""
     import httpx
-    import uvicorn
 
     from gateway.app import create_app
     from gateway.settings import GatewaySettings
     from services.common.queue import connect
-    from tests.fakes import FakeDecoder, write_policy_set
+    from tests.fakes import write_policy_set
+    from tests.serving import in_a_thread
 
     write_policy_set(tmp_path / "policies", "demo:1", ["concise", "warm"], current=True)
-    upstream = httpx.AsyncClient(transport=httpx.ASGITransport(FakeDecoder().app), base_url="http://decoder")
-    gateway = create_app(GatewaySettings(data_dir=tmp_path), upstream, connect(redis_url))
-    server = uvicorn.Server(uvicorn.Config(gateway, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    upstream = httpx.AsyncClient(transport=httpx.ASGITransport(decoder.app), base_url="http://decoder")
+    with in_a_thread(create_app(GatewaySettings(data_dir=tmp_path), upstream, connect(redis_url))) as url:
+        yield url

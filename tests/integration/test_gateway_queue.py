@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from itertools import count
@@ -13,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from redis.asyncio import Redis
 from typer.testing import CliRunner, Result
 
@@ -32,6 +29,7 @@ from sipo.preferences import Example
 from support import PATIENCE
 from tests.fakes import FakeDecoder, write_policy_set
 from tests.plans import sampling_plan
+from tests.serving import in_a_thread
 
 PLAN = sampling_plan(["concise", "warm"])
 EXAMPLE = Example(prompt="A secret?", response_0="No.", response_1="Yes.", labels={"concise": 0, "warm": 1})
@@ -298,21 +296,10 @@ async def test_what_finds_no_room_stays_dead(gateway: httpx.AsyncClient, redis: 
 
 @pytest.fixture
 def url(tmp_path: Path, redis_url: str) -> Iterator[str]:
-    """A gateway in a thread of its own: the commands block."""
+    """A gateway for the commands, which block."""
     client = connect(redis_url)
-    server = uvicorn.Server(uvicorn.Config(build(client, tmp_path), port=0, lifespan="off", log_config=None))
-
-    async def serve() -> None:
-        async with client:  # without a lifespan nobody else closes it
-            await server.serve()
-
-    thread = threading.Thread(target=asyncio.run, args=[serve()])
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with in_a_thread(build(client, tmp_path), lifespan="off", within=client) as url:  # without a lifespan nobody else closes it
+        yield url
 
 
 def sipo(url: str, *args: str) -> Result:
