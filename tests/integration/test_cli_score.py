@@ -135,6 +135,13 @@ def test_a_row_that_cannot_be_scored_says_why_and_stops_nothing(score: Score, po
     assert f"row 2: {found[1]['error']}" in result.stderr
 
 
+def test_a_file_of_which_nothing_could_be_scored_has_failed(score: Score, policies: PolicySet, tmp_path: Path) -> None:
+    result = score(write(tmp_path / "answers.jsonl", [{"prompt": "q", "responses": ["too long " * 40]}] * 2))
+    assert result.exit_code == 1, result.output
+    assert ["error" in one for one in read(result.stdout)] == [True, True]
+    assert "0 rows scored, 2 could not be" in result.stderr
+
+
 def test_rewards_that_are_no_numbers_are_an_error(
     score: Score, policies: PolicySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
