@@ -16,6 +16,7 @@ from services.common.contract.job_store import Job
 from services.common.contract.messages import PromptDecided
 from services.common.contract.reports import Report, RoundReport
 from services.common.local.training import Tell, run_child
+from services.trainer.account import candidates_account
 from services.trainer.pairs import pareto_pairs_of
 from services.trainer.reporting import funnel, ground_truth
 from sipo.errors import Conflict
@@ -99,6 +100,7 @@ class Stages:
             reward_set=job.reward_set,
             funnel=funnel(decisions),
             ground_truth=ground_truth(objectives, decisions),
+            candidates=candidates_account(objectives, decisions),
             training=self.metrics(job, job.round, objectives),
             policy_set=published and published.id,
         )

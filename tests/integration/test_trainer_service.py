@@ -56,6 +56,8 @@ async def test_a_job_without_policies_aligns_samples_trains_and_publishes(redis:
     assert (report.policy_set, report.activated, report.reason) == (only.policy_set, True, None) == ("demo:2", True, None)
     assert (only.sampling_set, only.reward_set, only.funnel.accepted, only.funnel.pairs) == ("demo:1", "demo:1", 3, 6)
     assert report.alignment.keys() == only.training.keys() == set(OBJECTIVES)
+    assert only.candidates is not None
+    assert (only.candidates.stages["sample"].candidates, only.candidates.accepted.responses) == (3, 3)
 
 
 async def test_the_application_is_ready_once_it_has_base_and_lease_and_then_leads_jobs_to_their_end(

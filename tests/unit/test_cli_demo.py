@@ -11,7 +11,17 @@ from transformers import AutoTokenizer
 
 from gateway.cli.demo.input import MAX_PROMPT_TOKENS, own_input
 from gateway.cli.demo.results import show_report
-from services.common.contract.reports import Funnel, GroundTruth, Report, RoundReport
+from services.common.contract.reports import (
+    AcceptedAccount,
+    BestAvailable,
+    CandidatesAccount,
+    Funnel,
+    GroundTruth,
+    ImplicitOrder,
+    Report,
+    RoundReport,
+    StageAccount,
+)
 from services.common.settings import CommonSettings
 from sipo.errors import InvalidData, InvalidRequest
 from sipo.policies import PolicyStore
@@ -20,6 +30,51 @@ from sipo.training.settings import Measure, TrainMetrics
 from tests.fakes import write_policy_set
 
 CONFLICTING = {"a": 0, "b": 1}
+
+METRICS = TrainMetrics(
+    objective="a",
+    pairs=31,
+    validation_pairs=3,
+    held_out=True,
+    prompts_too_long=2,
+    identical=0,
+    responses_cut=5,
+    steps=4,
+    best_step=4,
+    micro_batch_size=1,
+    seconds=12.3,
+    dtype="float32",
+    before=Measure(loss=0.693, margin=0, accuracy=0.5),
+    after=Measure(loss=0.512, margin=0.4, accuracy=0.9),
+)
+ROUND = RoundReport(
+    round=1,
+    sampling_set="demo:1",
+    reward_set="demo:1",
+    funnel=Funnel(prompts=16, failed=1, candidates=120, rejected={"worse_than_original": 90}, accepted=5, pairs=10),
+    ground_truth={"a": GroundTruth(response_0=0.11, response_1=0.22, accepted=0.77)},
+    candidates=CandidatesAccount(
+        stages={
+            "sample": StageAccount(candidates=80, truncated=54, truly_better=1, ground_truth={"a": 0.25, "b": 0.125}),
+            "rewrite": StageAccount(candidates=40, truncated=14, truly_better=3, ground_truth={"a": 0.5, "b": 0.375}),
+        },
+        accepted=AcceptedAccount(responses=5, truly_better=2, gain={"a": -0.12, "b": 0.07}),
+        best_available=BestAvailable(prompts=4, gain={"a": 0.15, "b": 0.28}),
+        implicit_order={"a": ImplicitOrder(comparisons=200, right=132), "b": ImplicitOrder(comparisons=0, right=0)},
+    ),
+    training={"a": METRICS},
+    policy_set="demo:2",
+)
+REPORT = Report(
+    job="job-1",
+    policy="demo",
+    objectives=["a", "b"],
+    alignment={},
+    rounds=[ROUND],
+    policy_set="demo:2",
+    activated=True,
+    reason=None,
+)
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
@@ -75,54 +130,50 @@ def test_data_that_cannot_make_a_round_is_refused(settings: CommonSettings, tmp_
 
 
 def test_the_report_is_printed_with_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = TrainMetrics(
-        objective="a",
-        pairs=31,
-        validation_pairs=3,
-        held_out=True,
-        prompts_too_long=2,
-        identical=0,
-        responses_cut=5,
-        steps=4,
-        best_step=4,
-        micro_batch_size=1,
-        seconds=12.3,
-        dtype="float32",
-        before=Measure(loss=0.693, margin=0, accuracy=0.5),
-        after=Measure(loss=0.512, margin=0.4, accuracy=0.9),
-    )
-    first = RoundReport(
-        round=1,
-        sampling_set="demo:1",
-        reward_set="demo:1",
-        funnel=Funnel(prompts=16, failed=1, candidates=120, rejected={"worse_than_original": 90}, accepted=5, pairs=10),
-        ground_truth={"a": GroundTruth(response_0=0.11, response_1=0.22, accepted=0.77)},
-        training={"a": metrics},
-        policy_set="demo:2",
-    )
-    report = Report(
-        job="job-1",
-        policy="demo",
-        objectives=["a", "b"],
-        alignment={},
-        rounds=[first],
-        policy_set="demo:2",
-        activated=True,
-        reason=None,
-    )
-    show_report(report)
+    show_report(REPORT)
     printed = capsys.readouterr().out
     words = ("120 for 16 prompts", "worse than original: 90", "5 of 16", "10 pairs")
     for figure in (*words, "0.110", "0.220", "0.770", "0.693", "0.512"):
         assert figure in printed
     assert "cut 5 responses" in printed
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["sample", "80", "67.5%", "1.2%", "0.250", "0.125"] in rows
+    assert ["rewrite", "40", "35.0%", "7.5%", "0.500", "0.375"] in rows
+    text = " ".join(printed.split())
+    gain = "on average against the better original"
+    assert f"truly better: 2 of 5 accepted responses; {gain}: a -0.120, b +0.070" in text
+    assert f"best available: 4 of 16 prompts had a truly better response that is whole; {gain}: a +0.150, b +0.280" in text
+    assert "implicit reward for a: right in 132 of 200 comparisons with originals (66%)" in text
+    assert "implicit reward for b" not in text
+    assert "no evidence" not in text
     assert "demo:2 published, made from demo:1" in printed
     assert "demo:2 activated" in printed
     assert "first alignment" not in printed and "round 1" not in printed
 
     none = Funnel(prompts=11, failed=0, candidates=80, rejected={}, accepted=0, pairs=0)
-    second = first.model_copy(update={"round": 2, "sampling_set": "demo:2", "funnel": none, "training": {}, "policy_set": None})
-    show_report(report.model_copy(update={"rounds": [first, second], "reason": "round 2 gave nothing"}))
+    nothing: dict[str, Any] = {"funnel": none, "candidates": None, "training": {}, "policy_set": None}
+    second = ROUND.model_copy(update={"round": 2, "sampling_set": "demo:2", **nothing})
+    show_report(REPORT.model_copy(update={"rounds": [ROUND, second], "reason": "round 2 gave nothing"}))
     printed = capsys.readouterr().out
     assert "round 1: candidates made: 120 for 16" in printed and "round 2: candidates made: 80 for 11" in printed
     assert "round 2 gave nothing" in printed
+
+
+def test_where_nothing_was_held_out_or_has_a_ground_truth_the_report_says_no_more_than_is_known(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unknown = CandidatesAccount(
+        stages={"distilled": StageAccount(candidates=8, truncated=2, truly_better=None, ground_truth={})},
+        accepted=AcceptedAccount(responses=3, truly_better=None, gain={}),
+        best_available=None,
+        implicit_order={},
+    )
+    on_trained_pairs = METRICS.model_copy(update={"held_out": False})
+    round_ = ROUND.model_copy(update={"candidates": unknown, "training": {"a": on_trained_pairs, "b": METRICS}})
+    show_report(REPORT.model_copy(update={"rounds": [round_]}))
+    printed = capsys.readouterr().out
+    assert ["distilled", "8", "25.0%"] in [line.split() for line in printed.splitlines()]
+    assert "truly better" not in printed and "best available" not in printed and "implicit reward" not in printed
+    assert "a: too few pairs to hold some out, so loss and accuracy are those of the very pairs that were trained on" in " ".join(
+        printed.split()
+    )

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
-from services.common.contract.reports import Report, RoundReport
+from services.common.contract.reports import CandidatesAccount, Report, RoundReport
 from sipo.conversation import Prompt, as_messages, as_text
 from sipo.preferences import Weights, format_weights, one_hot_weights, uniform_weights
 from sipo.training.settings import TrainMetrics
@@ -37,13 +37,44 @@ def _show_round(report: RoundReport, title: str) -> None:
         for objective, means in report.ground_truth.items():
             table.add_row(objective, *(f"{mean:.3f}" for mean in (means.response_0, means.response_1, means.accepted)))
         console.print(table)
+    if report.candidates and report.candidates.stages:
+        _show_candidates(report.candidates, funnel.prompts)
     _show_training("training on the pairs", report.training)
     if report.policy_set:
         console.print(f"policy set {report.policy_set} published, made from {report.sampling_set}")
 
 
+def _show_candidates(account: CandidatesAccount, prompts: int) -> None:
+    """What they were worth by the ground truth; for objectives without one, how many were truncated."""
+    known = list(account.implicit_order)
+    judged = account.accepted.truly_better is not None
+    columns = ["number", "truncated", *(["truly better"] if judged else []), *(f"mean {objective}" for objective in known)]
+    table = Table("candidates by stage", *columns, box=None, header_style="bold")
+    for stage, made in account.stages.items():
+        figures = [f"{made.truncated / made.candidates:.1%}"]
+        if made.truly_better is not None:
+            figures.append(f"{made.truly_better / made.candidates:.1%}")
+        table.add_row(stage, str(made.candidates), *figures, *(f"{made.ground_truth[objective]:.3f}" for objective in known))
+    console.print(table)
+    if account.accepted.truly_better is not None and account.accepted.responses:
+        better = share(account.accepted.truly_better, account.accepted.responses, "accepted response")
+        console.print(f"truly better: {better}{_gain(account.accepted.gain)}")
+    if account.best_available is not None:
+        best = share(account.best_available.prompts, prompts, "prompt")
+        console.print(f"best available: {best} had a truly better response that is whole{_gain(account.best_available.gain)}")
+    for objective, order in account.implicit_order.items():
+        if order.comparisons:
+            of = share(order.right, order.comparisons, "comparison")
+            console.print(f"implicit reward for {objective}: right in {of} with originals ({order.right / order.comparisons:.0%})")
+
+
+def _gain(gain: Mapping[str, float]) -> str:
+    means = ", ".join(f"{objective} {mean:+.3f}" for objective, mean in gain.items())
+    return f"; on average against the better original: {means}" if gain else ""
+
+
 def _show_training(title: str, metrics: Mapping[str, TrainMetrics]) -> None:
-    """Loss, and accuracy of implicit rewards, on the validation pairs."""
+    """Loss, and accuracy of implicit rewards, on the validation pairs: where none were held out, on what was trained."""
     if not metrics:
         return
     columns = ("pairs", "steps", "loss before", "after", "accuracy before", "after", "seconds")
@@ -57,6 +88,11 @@ def _show_training(title: str, metrics: Mapping[str, TrainMetrics]) -> None:
                 f"cut {counted(run.responses_cut, 'response')}"
             )
     console.print(table)
+    if trained := [objective for objective, run in metrics.items() if not run.held_out]:
+        console.print(
+            f"{', '.join(trained)}: too few pairs to hold some out, so loss and accuracy are those of the very pairs that were "
+            "trained on, which is no evidence"
+        )
 
 
 def show_answers(gateway: Gateway, policy_set: str, objectives: Sequence[str], prompt: Prompt) -> None:

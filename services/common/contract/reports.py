@@ -30,12 +30,56 @@ class GroundTruth(Record):
     accepted: float
 
 
+class StageAccount(Record):
+    """Of the candidates that were made in one way."""
+
+    candidates: int
+    truncated: int = Field(description="cut off at max_tokens")
+    truly_better: int | None = Field(
+        description="truncated or not, better by the ground truth than both originals on every objective; None if an objective has "
+        "no ground-truth function"
+    )
+    ground_truth: dict[str, float] = Field(description="mean, for the objectives that have a ground-truth function")
+
+
+class AcceptedAccount(Record):
+    """Of the responses that the filter chose, each judged by the objectives that it was chosen for."""
+
+    responses: int
+    truly_better: int | None = Field(description="as in a stage")
+    gain: dict[str, float] = Field(description="mean ground truth over that of the better original, by objective")
+
+
+class BestAvailable(Record):
+    """What a filter by ground truth would choose: in each prompt the best of the whole responses that are truly better."""
+
+    prompts: int = Field(description="those with such a response")
+    gain: dict[str, float] = Field(description="mean ground truth over that of the better original, by objective")
+
+
+class ImplicitOrder(Record):
+    """How an objective's implicit reward orders scored candidates against each original, by the objective's ground truth."""
+
+    comparisons: int = Field(description="without those in which the ground truth is equal")
+    right: int
+
+
+class CandidatesAccount(Record):
+    """What the candidates of a round were worth, whatever the filter made of them."""
+
+    stages: dict[str, StageAccount] = Field(description="by the candidates' stage: sample, rewrite, distilled")
+    accepted: AcceptedAccount
+    best_available: BestAvailable | None = Field(description="None if an objective has no ground-truth function")
+    implicit_order: dict[str, ImplicitOrder] = Field(description="for the objectives that have a ground-truth function")
+
+
 class RoundReport(Record):
     round: int
     sampling_set: str
     reward_set: str
     funnel: Funnel
     ground_truth: dict[str, GroundTruth] = Field(description="for the objectives that have a ground-truth function")
+    candidates: CandidatesAccount | None = Field(default=None, description="None in reports of before there was such an account")
     training: dict[str, TrainMetrics] = Field(description="by objective; empty if nothing was trained")
     policy_set: str | None = Field(description="what the round published")
 
