@@ -19,6 +19,7 @@ from gateway.cli.train.command import train
 from gateway.cli.train.sft import sft
 from gateway.cli.up import up
 from gateway.cli.version import show_version
+from gateway.cli.weights import weights
 
 app = typer.Typer(
     cls=CommandLine,
@@ -45,6 +46,7 @@ app.command()(conflicts)
 app.command()(score)
 app.command()(sft)
 app.command()(train)
+app.command()(weights)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(policies.app, name="policies")
 app.add_typer(queue.app, name="queue")

@@ -20,8 +20,9 @@ COMMANDS = [
     "score",
     "sft",
     "train",
+    "weights",
     *(f"jobs {name}" for name in ("submit", "list", "show", "watch", "cancel", "delete", "pairs", "candidates", "report")),
-    *(f"policies {name}" for name in ("list", "show", "activate", "import", "soup")),
+    *(f"policies {name}" for name in ("list", "show", "activate", "delete", "import", "soup")),
     *(f"queue {name}" for name in ("show", "requeue")),
 ]
 
