@@ -13,6 +13,7 @@ from gateway.cli import jobs, policies, queue
 from gateway.cli.conflicts import conflicts
 from gateway.cli.console import CommandLine
 from gateway.cli.demo.command import demo
+from gateway.cli.evaluate.command import evaluate
 from gateway.cli.generate import generate
 from gateway.cli.score.command import score
 from gateway.cli.train.command import train
@@ -44,6 +45,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(conflicts)
 app.command()(score)
+app.command()(evaluate)
 app.command()(sft)
 app.command()(train)
 app.command()(weights)

@@ -40,7 +40,7 @@ def at_least(report: EvaluationReport, method: str, least: Mapping[str, float], 
 
 
 def most_even(report: EvaluationReport, method: str) -> Proposal:
-    """Where the least gain over the base is greatest; an objective's gain counts in parts of the greatest that the method has for it.
+    """Where the least gain over the base is greatest; gains count in parts of the method's greatest for the objective.
 
     Raises InvalidRequest if the report has no base to gain over.
     """
