@@ -25,6 +25,7 @@ from services.common.contract.messages import PromptDecided, ScoredCandidate
 from services.trainer.decisions import DecisionLog
 from sipo.conversation import as_text
 from sipo.datasets import bundled_examples
+from sipo.datasets.bundled import BUNDLED_OBJECTIVES
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.models import BUNDLED_MODEL, resolve_model
 from sipo.preferences import Example
@@ -41,8 +42,8 @@ OPTIONS: dict[str, Filter] = {
     "top 3": Filter(top_k=3),
     "separate responses": Filter(rule="separate_responses"),
     "no filter (SIPO − filter)": Filter(rule="no_filter"),
-    "ground truth as reward models": Filter(implicit=False, reward_models=list(REWARDS)),
-    "ground truth beside r_Π and r_W": Filter(reward_models=list(REWARDS)),
+    "ground truth as reward models": Filter(implicit=False, reward_models=list(BUNDLED_OBJECTIVES)),
+    "ground truth beside r_Π and r_W": Filter(reward_models=list(BUNDLED_OBJECTIVES)),
 }
 
 PROMPTS = 24
@@ -106,7 +107,7 @@ def truly_better(example: Example, text: str, objective: str | None) -> bool:
 
     if objective is not None:
         return better(objective, example.chosen_rejected(objective)[0])
-    return all(better(name, original) for name in REWARDS for original in (example.response_0, example.response_1))
+    return all(better(name, original) for name in BUNDLED_OBJECTIVES for original in (example.response_0, example.response_1))
 
 
 def decide(examples: list[Example], by: Filter) -> list[PromptDecided]:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import DynamicCache
 
 from sipo.datasets import conflict_report
+from sipo.datasets.bundled import BUNDLED_OBJECTIVES, CLEAR
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.models import BUNDLED_MODEL, resolve_model
 from sipo.preferences import Example
@@ -34,9 +35,8 @@ FOLDER = Path(__file__).parents[1] / "sipo" / "data" / "bundled"
 SEED = 20250214
 BATCH = 50
 TOP_K = 40
-# Two responses must be whole and differ by this much on both objectives. Otherwise the prompt gets two new ones, of the second
-# pair of styles, until so many attempts have failed: then it is left out.
-CLEAR = 0.03
+# Two responses must be whole and differ by CLEAR on both objectives. Otherwise the prompt gets two new ones, of the second pair of
+# styles, until so many attempts have failed: then it is left out.
 MIN_WORDS = 5
 ATTEMPTS = 3
 
@@ -164,7 +164,7 @@ def clear(row: dict[str, Any]) -> bool:
 
 
 def labelled(prompt: str, response_0: str, response_1: str, styles: tuple[str, str]) -> dict[str, Any]:
-    scores = {name: [round(reward(prompt, text), 4) for text in (response_0, response_1)] for name, reward in REWARDS.items()}
+    scores = {name: [round(REWARDS[name](prompt, text), 4) for text in (response_0, response_1)] for name in BUNDLED_OBJECTIVES}
     return {
         "prompt": prompt,
         "response_0": response_0,
@@ -203,7 +203,9 @@ def figures(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> I
             by_style[name].append((row["prompt"], row[key]))
     for name, pairs in by_style.items():
         tokens = sorted(len(tokenizer(text)["input_ids"]) for _, text in pairs)
-        means = ", ".join(f"{objective} {fmean(reward(*pair) for pair in pairs):.3f}" for objective, reward in REWARDS.items())
+        means = ", ".join(
+            f"{objective} {fmean(REWARDS[objective](*pair) for pair in pairs):.3f}" for objective in BUNDLED_OBJECTIVES
+        )
         yield f"{name}: {len(tokens)} responses, tokens {tokens[0]}-{tokens[-1]} (median {tokens[len(tokens) // 2]}), mean {means}"
 
 

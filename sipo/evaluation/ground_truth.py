@@ -1,7 +1,7 @@
-"""The two objectives of the bundled data, as functions: what other data sets must ask people for is exact and free here.
+"""The objectives of the bundled data, as functions: what other data sets must ask people for is exact and free here.
 
-Both map (prompt, response) to [0, 1], are smooth enough for ties to be rare, and know nothing of models or policies. They measure
-words, not truth: good for telling whether a front moved, useless for telling whether an answer is right. Both are multiplied by
+All map (prompt, response) to [0, 1], are smooth enough for ties to be rare, and know nothing of models or policies. They measure
+words, not truth: good for telling whether a front moved, useless for telling whether an answer is right. All are multiplied by
 `sound`, so that text that only plays to the formula (nothing, one word, a word list, repetition) scores badly.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from math import exp
+from statistics import fmean
 
 
 def _word_set(text: str) -> frozenset[str]:
@@ -99,7 +100,27 @@ def warm(prompt: str, response: str) -> float:
     return sound(words) * (0.75 * (1 - exp(-10 * kind / len(words))) + 0.25 * (1 - exp(-10 * address / len(words))))
 
 
-REWARDS: dict[str, Callable[[str, str], float]] = {"concise": concise, "warm": warm}
+def simple(prompt: str, response: str) -> float:
+    """Is in plain language, in the manner of readability formulas: short words in short sentences.
+
+    1/2 at six letters a word and 15 words a sentence, 0.9 at five and 10, 0.14 at seven and 20; ten words more are as hard as one
+    letter more. Words of the prompt, function words and numbers have no letters here, so that neither the topic nor padding counts;
+    each other word counts once. Full marks need five of those, and five words a sentence: fragments are no sentences. It does not
+    measure whether a short word is a known one, whether the sentences hang together, or whether there are few of them.
+    """
+    words = _words(response)
+    news = {word for word in words if not word.isdigit()} - set(_words(prompt)) - FUNCTION_WORDS
+    if not news:
+        return 0.0
+    letters = fmean(map(len, news))
+    sentences = _sentence_lengths(response)
+    # Of the sentence in which the average word stands, so that a few fragments do not make up for a long one.
+    length = sum(count**2 for count in sentences) / sum(sentences)
+    plain = 1 / (1 + ((letters + length / 10) / 7.5) ** 10)
+    return sound(words) * min(1.0, len(news) / 5) * min(1.0, length / 5) * plain
+
+
+REWARDS: dict[str, Callable[[str, str], float]] = {"concise": concise, "warm": warm, "simple": simple}
 """By objective name: (prompt, response) -> [0, 1], higher is better."""
 
 
@@ -118,6 +139,12 @@ def sound(words: list[str]) -> float:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", text.lower().replace("’", "'"))
+
+
+def _sentence_lengths(text: str) -> list[int]:
+    """In words. A line's end is a sentence's; a decimal point is none, and neither is the number of a list's entry a sentence."""
+    sentences = map(_words, re.split(r"[.!?…]+(?=\W|$)|\n", text))
+    return [len(words) for words in sentences if any(not word.isdigit() for word in words)]
 
 
 def _stems(words: list[str]) -> set[str]:

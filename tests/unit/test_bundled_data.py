@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from sipo.conversation import as_text
-from sipo.datasets import bundled_eval_prompts, bundled_examples
+from sipo.datasets import bundled_eval_prompts, bundled_examples, conflict_report, read
+from sipo.datasets.bundled import BUNDLED_OBJECTIVES, CLEAR
+from sipo.errors import InvalidRequest
 from sipo.evaluation.ground_truth import REWARDS
 
 
@@ -16,7 +22,8 @@ def test_the_bundled_labels_are_those_of_the_ground_truth() -> None:
     for example in bundled_examples():
         prompt = as_text(example.prompt)
         scores = {
-            name: (reward(prompt, example.response_0), reward(prompt, example.response_1)) for name, reward in REWARDS.items()
+            name: (REWARDS[name](prompt, example.response_0), REWARDS[name](prompt, example.response_1))
+            for name in BUNDLED_OBJECTIVES
         }
         assert example.labels == {name: int(second > first) for name, (first, second) in scores.items()}
 
@@ -28,8 +35,48 @@ def test_between_40_and_60_percent_of_the_bundled_pairs_conflict() -> None:
 
 def test_position_says_nothing_about_the_bundled_labels() -> None:
     examples = bundled_examples()
-    for objective in REWARDS:
+    for objective in BUNDLED_OBJECTIVES:
         assert 0.4 < sum(example.labels[objective] for example in examples) / len(examples) < 0.6
+
+
+def test_a_third_objective_is_labelled_where_its_rewards_differ_clearly() -> None:
+    """The figures of sipo/data/bundled/README.md."""
+    report = conflict_report(bundled_examples(objectives=list(REWARDS)))
+    assert report.labels == {"concise": 385, "warm": 385, "simple": 349}
+    assert report.conflicting == 267
+    assert [(pair.first, pair.second, pair.conflicting) for pair in report.pairs] == [
+        ("concise", "warm", 218),
+        ("concise", "simple", 166),
+        ("warm", "simple", 129),
+    ]
+
+
+def test_labels_of_a_third_objective_leave_the_two_as_they_are() -> None:
+    for two, three in zip(bundled_examples("train"), bundled_examples("train", list(REWARDS)), strict=True):
+        rewards = [REWARDS["simple"](as_text(two.prompt), text) for text in (two.response_0, two.response_1)]
+        clear = abs(rewards[1] - rewards[0]) >= CLEAR
+        wanted = {"simple": int(rewards[1] > rewards[0])} if clear else {}
+        assert three == two.model_copy(update={"labels": two.labels | wanted})
+
+
+def test_a_pair_without_any_label_is_left_out() -> None:
+    assert len(bundled_examples(objectives=["simple"])) == 349
+    assert [example.labels for example in bundled_examples(objectives=["warm"])] == [
+        {"warm": example.labels["warm"]} for example in bundled_examples()
+    ]
+
+
+def test_three_labels_written_as_json_lines_are_read_again(tmp_path: Path) -> None:
+    examples = bundled_examples("validation", list(REWARDS))
+    file = tmp_path / "three.jsonl"
+    file.write_text("".join(f"{example.model_dump_json()}\n" for example in examples), encoding="utf-8")
+    assert read(file).labelled() == examples
+
+
+def test_an_objective_without_a_function_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no objective 'polite': there are concise, warm, simple") as caught:
+        bundled_examples(objectives=["warm", "polite"])
+    assert caught.value.param == "objectives"
 
 
 def test_the_evaluation_prompts_are_300_others() -> None:
