@@ -1,0 +1,196 @@
+"""What an evaluation found, in words: its answer, what is wrong with its answers, and what its pictures show.
+
+A no-break space (\\xa0) keeps a figure and its sign on one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import floor, log10
+
+from sipo.evaluation.report import AtWeight, Comparison, EvaluationReport, Interval, Kind, MethodResult, SampleAnswer
+from sipo.preferences import Weights
+
+_KINDS: Mapping[Kind, str] = {
+    "base": "alone",
+    "mod": "its policies mixed in logit space",
+    "soup": "its policies merged",
+    "models": "a model of its own for each weight",
+}
+
+MOST_EMPTY, MOST_TRUNCATED, FEWEST_DISTINCT = 0.05, 0.3, 0.5
+"""Shares of a weight's answers beyond which the page warns."""
+
+
+def places(intervals: Iterable[Interval]) -> int:
+    """Decimal places that show the widest of the intervals with two digits: more would be noise, and a column has as many."""
+    width = max((interval.high - interval.low for interval in intervals), default=0.0)
+    return 3 if width <= 0 else min(max(1 - floor(log10(width)), 0), 6)
+
+
+def number(value: float, decimals: int) -> str:
+    """With a true minus sign, and none before a zero."""
+    text = f"{value:.{decimals}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """Whole percents, but never 0 % of something or 100 % of not quite all."""
+    if 0 < share < 0.01:
+        return "<\xa01\xa0%"
+    return ">\xa099\xa0%" if 0.99 < share < 1 else f"{100 * share:.0f}\xa0%"
+
+
+def between(interval: Interval, decimals: int) -> str:
+    return f"{number(interval.low, decimals)} to {number(interval.high, decimals)}"
+
+
+def with_interval(interval: Interval, decimals: int) -> str:
+    return f"{number(interval.value, decimals)} ({between(interval, decimals)})"
+
+
+def by_name(values: Mapping[str, float], digits: int) -> str:
+    """`concise 0.2, warm 0.8`, with so many significant digits."""
+    return ", ".join(name + " " + f"{value:.{digits}g}".replace("-", "−") for name, value in values.items())
+
+
+def weight(weights: Weights | None) -> str:
+    return "no weights" if weights is None else by_name(weights, 3)
+
+
+def weight_names(report: EvaluationReport) -> dict[str, str]:
+    """What pictures call each weight, by the weight in words: the first one's figure if there are two, else a number in order."""
+    distinct = {weight(point.weights): point.weights for method in report.methods for point in method.points if point.weights}
+    if len(report.objectives) == 2:
+        return {key: f"{weights[report.objectives[0]]:.3g}" for key, weights in distinct.items()}
+    return {key: f"w{count}" for count, key in enumerate(distinct, 1)}
+
+
+def method_in_words(method: MethodResult) -> str:
+    return f"{method.source}, {_KINDS[method.kind]}"
+
+
+# The answer
+
+
+def certain(comparison: Comparison) -> bool:
+    """The interval is that of one comparison, the p value knows of all: both must agree."""
+    return comparison.p_value < 0.05 and (comparison.difference.low > 0 or comparison.difference.high < 0)
+
+
+def comparison_in_words(comparison: Comparison) -> str:
+    difference, method, against = comparison.difference, comparison.method, comparison.against
+    decimals = places([difference])
+    direction = "higher" if difference.value >= 0 else "lower"
+    size = number(abs(difference.value), decimals)
+    found = (
+        f"{method}{_s(method)} hypervolume is {size} {direction} than {against}{_s(against)} "
+        f"(95\xa0%: {between(difference, decimals)}, {_p_value(comparison.p_value)})."
+    )
+    return found if certain(comparison) else f"Between {method} and {against} no difference is certain: {found}"
+
+
+def answer(report: EvaluationReport) -> str:
+    """The sentence before all comparisons."""
+    decimals = places(method.hypervolume for method in report.methods)
+    best = max(report.methods, key=lambda method: method.hypervolume.value)
+    highest = f"{number(best.hypervolume.value, decimals)} (95\xa0%: {between(best.hypervolume, decimals)})"
+    if len(report.methods) == 1:
+        return f"{best.name}{_s(best.name)} hypervolume is {highest}. There was no other method to compare it with."
+    found = f"The highest hypervolume is {best.name}{_s(best.name)}, {highest}."
+    return found if not report.comparisons or any(map(certain, report.comparisons)) else f"No difference is certain. {found}"
+
+
+def _s(name: str) -> str:
+    return "’" if name.endswith("s") else "’s"
+
+
+def _p_value(value: float) -> str:
+    return "p\xa0<\xa00.001" if value < 0.001 else f"p\xa0=\xa0{value:.2g}"
+
+
+# Warnings
+
+
+def warnings(report: EvaluationReport) -> list[str]:
+    """What makes a method's answers useless though its figures may look well, a sentence each."""
+    found = []
+    for method in report.methods:
+        for what, shares in (
+            ("answers are empty", [(point, point.empty) for point in method.points if point.empty > MOST_EMPTY]),
+            (
+                "answers are cut off by the limit of tokens",
+                [(point, point.truncated) for point in method.points if point.truncated > MOST_TRUNCATED],
+            ),
+            (
+                "answers are alike, few are given to one prompt only",
+                [(point, point.distinct) for point in method.points if point.distinct < FEWEST_DISTINCT],
+            ),
+        ):
+            if shares:
+                found.append(f"{method.name}: {what} ({'; '.join(_share_at(*share) for share in shares)}).")
+        found += filter(None, (miscalibration(method, objective) for objective in report.objectives))
+    return found
+
+
+def _share_at(point: AtWeight, share: float) -> str:
+    return percent(share) if point.weights is None else f"{percent(share)} at {weight(point.weights)}"
+
+
+def miscalibration(method: MethodResult, objective: str) -> str | None:
+    """The deepest fall of an objective's mean reward from a weight to one that asks more of it, if each of the two means lies
+    outside the other's interval; None where more asked is nowhere less got."""
+    asked = [(point.weights[objective], point.rewards[objective]) for point in method.points if point.weights is not None]
+    falls = [
+        (less.value - more.value, less_asked, less, more_asked, more)
+        for less_asked, less in asked
+        for more_asked, more in asked
+        if less_asked < more_asked and more.high < less.value and more.value < less.low
+    ]
+    if not falls:
+        return None
+    _, less_asked, less, more_asked, more = max(falls, key=lambda fall: fall[0])
+    decimals = places([less, more])
+    return (
+        f"{method.name} is miscalibrated in {objective}: weight {more_asked:.3g} asks more of it than {less_asked:.3g} "
+        f"but gets less, {number(more.value, decimals)} instead of {number(less.value, decimals)}."
+    )
+
+
+# What the pictures show
+
+
+def front_in_words(report: EvaluationReport) -> str:
+    decimals = {
+        name: places(point.rewards[name] for method in report.methods for point in method.points) for name in report.objectives
+    }
+    methods = [f"{method.name}: " + "; ".join(_point(point, decimals) for point in method.points) for method in report.methods]
+    return f"Mean rewards of {' and '.join(report.objectives)}, with 95 % intervals. " + ". ".join(methods) + "."
+
+
+def _point(point: AtWeight, decimals: Mapping[str, int]) -> str:
+    rewards = ", ".join(f"{name} {with_interval(point.rewards[name], digits)}" for name, digits in decimals.items())
+    return rewards if point.weights is None else f"at weights {weight(point.weights)} rewards {rewards}"
+
+
+def hypervolumes_in_words(report: EvaluationReport) -> str:
+    decimals = places(method.hypervolume for method in report.methods)
+    volumes = (f"{method.name} {with_interval(method.hypervolume, decimals)}" for method in report.methods)
+    return f"Hypervolumes, with 95 % intervals: {'; '.join(volumes)}."
+
+
+# What the tables show
+
+
+def by_weight(answers: Sequence[SampleAnswer]) -> list[tuple[Weights | None, list[SampleAnswer]]]:
+    """The answers to a prompt, those at the same weight side by side."""
+    groups: dict[str, tuple[Weights | None, list[SampleAnswer]]] = {}
+    for given in answers:
+        groups.setdefault(weight(given.weights), (given.weights, []))[1].append(given)
+    return list(groups.values())
+
+
+def duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sipo.evaluation.page import write_page
+from sipo.evaluation.page.pictures import staircase
+from sipo.evaluation.page.words import answer, comparison_in_words, number, percent, places, warnings
+from sipo.evaluation.report import AtWeight, Comparison, EvaluationReport, Interval, Kind, MethodResult, Sample, SampleAnswer
+from sipo.preferences import Weights
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """What a page's elements are and say; fails on those that are not closed in turn."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def around(value: float, by: float = 0.012) -> Interval:
+    return Interval(value=value, low=value - by, high=value + by)
+
+
+def at(weights: Weights | None, rewards: Mapping[str, float], **others: Any) -> AtWeight:
+    shares = {"truncated": 0.1, "empty": 0.0, "distinct": 1.0} | others
+    return AtWeight(
+        weights=weights, rewards={name: around(value) for name, value in rewards.items()}, tokens=around(80, 4), **shares
+    )
+
+
+def method(
+    name: str, kind: Kind, points: list[AtWeight], hypervolume: float = 0.05, front: list[int] | None = None
+) -> MethodResult:
+    return MethodResult(
+        name=name,
+        kind=kind,
+        source="demo:1",
+        points=points,
+        front=list(range(len(points))) if front is None else front,
+        hypervolume=around(hypervolume),
+        igd_plus=around(0.0321),
+        inner_product=None if kind == "base" else around(0.222),
+        spread=dict.fromkeys(points[0].rewards, 0.25),
+    )
+
+
+def report(methods: list[MethodResult], **others: Any) -> EvaluationReport:
+    objectives = list(methods[0].points[0].rewards)
+    fields: dict[str, Any] = {
+        "name": "small",
+        "made": datetime(2026, 11, 27, 9, 30, tzinfo=UTC),
+        "base": "SmolLM2-135M",
+        "prompts": 300,
+        "prompts_sha256": "ab" * 32,
+        "objectives": objectives,
+        "judges": {name: f"python:{name}" for name in objectives},
+        "reference_point": dict.fromkeys(objectives, 0.0),
+        "max_tokens": 128,
+        "methods": methods,
+        "comparisons": [],
+        "samples": [],
+        "seconds": {"answers": 812.0},
+        "tokens": {one.name: 12345 for one in methods},
+    }
+    return EvaluationReport(**fields | others)
+
+
+BASE = method("base", "base", [at(None, {"concise": 0.1, "warm": 0.12})], 0.012)
+MOD = method(
+    "mod",
+    "mod",
+    [at({"concise": w, "warm": 1 - w}, {"concise": 0.08 + 0.3 * w, "warm": 0.38 - 0.3 * w}) for w in (0.0, 0.25, 1.0)],
+    0.101,
+)
+
+
+def difference(value: float, by: float, p_value: float) -> Comparison:
+    return Comparison(method="sipo", against="soups", difference=around(value, by), p_value=p_value)
+
+
+def test_a_page_stands_alone_and_says_what_was_found(tmp_path: Path) -> None:
+    compared = Comparison(method="mod", against="base", difference=around(0.089, 0.01), p_value=0.002)
+    page = Page(write_page(report([BASE, MOD], comparisons=[compared]), tmp_path / "new"))
+    for words in (
+        "300 (SHA-256 abababababab) Judge of concise python:concise Judge of warm python:warm",
+        "128 tokens Date 2026-11-27 09:30 UTC",
+        "demo:1, its policies mixed in logit space",
+        "The highest hypervolume is mod’s, 0.101 (95 %: 0.089 to 0.113). mod’s hypervolume is 0.089 higher than base’s",
+        "concise 0.25, warm 0.75 0.155 (0.143 to 0.167) 0.305 (0.293 to 0.317) yes 80.0 (76.0 to 84.0) 10 % 0 % 100 %",
+        "mod 0.101 (0.089 to 0.113) 0.032 (0.020 to 0.044) 0.222 (0.210 to 0.234) 0.250 0.250",
+        "Warnings None",
+        "answers 14 min",
+        "mod 12,345",
+    ):
+        assert words in page.text
+    order = ["The highest hypervolume", "The front", "By weight", "Indicators", "Warnings", "What it took"]
+    assert [page.text.index(words) for words in order] == sorted(page.text.index(words) for words in order)
+    for _, attributes in page.elements:
+        assert not {"src", "srcset", "onload", "onclick"} & attributes.keys()
+        assert (attributes.get("href") or "#").startswith("#")
+    assert "//" not in (tmp_path / "new" / "index.html").read_text()
+    assert "default-src 'none'" in str(page.all("meta")[1])
+
+
+def test_pictures_are_in_the_page_with_words_for_those_who_do_not_see_them(tmp_path: Path) -> None:
+    page = Page(write_page(report([BASE, MOD]), tmp_path))
+    front, volumes = page.all("svg")
+    assert front["role"] == volumes["role"] == "img"
+    assert "mod: at weights concise 0, warm 1 rewards concise 0.080 (0.068 to 0.092), warm 0.380" in str(front["aria-label"])
+    assert volumes["aria-label"] == "Hypervolumes, with 95 % intervals: base 0.012 (0.000 to 0.024); mod 0.101 (0.089 to 0.113)."
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    uses = page.all("use")
+    assert uses
+    assert {str(use["href"]).removeprefix("#") for use in uses} <= set(ids)
+    assert len(page.all("style")) == 1  # a picture's own would style the page
+    assert "var(--c1)" in str(page.elements)
+    for table in page.all("th"):
+        assert table["scope"] in {"col", "row", "rowgroup"}
+    assert len(page.all("caption")) == len(page.all("table")) == 4
+
+
+def test_points_are_labelled_with_their_weight(tmp_path: Path) -> None:
+    write_page(report([BASE, MOD]), tmp_path)
+    drawn = [text.text for text in ET.parse(tmp_path / "front.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert {"0.25", "1", "base", "mod", "concise", "warm"} <= set(drawn)
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_same_report_makes_the_same_files(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_page(report([BASE, MOD]), tmp_path / folder)
+    made = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert made == ["front.png", "front.svg", "hypervolume.png", "hypervolume.svg", "index.html"]
+    for name in made:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_what_models_said_is_text_and_never_markup(tmp_path: Path) -> None:
+    said = "</div></body><script>alert(1)</script> & <b>bold</b>\n\n{{ 7 * 7 }}"
+    name = '<i>mod</i> & "$x$" id="a"'
+    samples = [
+        Sample(
+            prompt="ما الجري؟ <img src=x onerror=alert(1)>",
+            answers=[
+                SampleAnswer(method="base", weights=None, text=" \n", rewards={"concise": 0.0, "warm": 0.5}),
+                SampleAnswer(
+                    method=name, weights={"concise": 0.25, "warm": 0.75}, text=said, rewards={"concise": -0.1234, "warm": 1}
+                ),
+            ],
+        )
+    ]
+    renamed = MOD.model_copy(update={"name": name})
+    page = Page(write_page(report([BASE, renamed], samples=samples, name="<title>"), tmp_path))
+    assert not {"script", "b", "i", "img"} & {tag for tag, _ in page.elements}
+    assert said in page.texts
+    assert "ما الجري؟ <img src=x onerror=alert(1)>" in page.texts
+    assert {"<title>", name} <= set(page.texts)
+    assert "Without weights base concise 0, warm 0.5 (empty) concise 0.25, warm 0.75" in page.text
+    assert "concise −0.123, warm 1" in page.text
+    assert [element["dir"] for element in page.all("div") if "dir" in element] == ["auto", "auto"]
+
+
+@pytest.mark.slow
+def test_three_objectives_are_a_matrix_of_pairs(tmp_path: Path) -> None:
+    names = ["concise", "warm", "simple"]
+    points = [
+        at({name: float(name == most) for name in names}, {name: 0.1 + 0.4 * (name == most) for name in names}) for most in names
+    ]
+    page = Page(write_page(report([method("mod", "mod", points, front=[0, 1])]), tmp_path))
+    drawn = [text.text for text in ET.parse(tmp_path / "front.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert [drawn.count(name) for name in names] == [2, 2, 2]
+    assert drawn.count("w3") == 3
+    assert "w1 is concise 1, warm 0, simple 0; w2" in page.text
+    assert "w3: concise 0, warm 0, simple 1 0.100 (0.088 to 0.112) 0.100 (0.088 to 0.112) 0.500 (0.488 to 0.512) no" in page.text
+
+
+def test_one_method_alone_has_a_page(tmp_path: Path) -> None:
+    lonely = report([BASE], reference_point={"concise": -50.0, "warm": 0.2}, standardised={"warm": (1.25, 0.5)})
+    page = Page(write_page(lonely, tmp_path))
+    assert "base’s hypervolume is 0.012 (95 %: 0.000 to 0.024). There was no other method to compare it with." in page.text
+    assert "python:warm; standardised by the base’s rewards, mean 1.25, standard deviation 0.5" in page.text
+    assert "reference point (concise −50, warm 0.2)" in page.text
+
+
+@pytest.mark.parametrize(
+    ("comparison", "words"),
+    [
+        (difference(0.0164, 0.0135, 0.02), "sipo’s hypervolume is 0.016 higher than soups’ (95 %: 0.003 to 0.030, p = 0.02)."),
+        (difference(-0.2, 0.1, 0.0002), "sipo’s hypervolume is 0.20 lower than soups’ (95 %: −0.30 to −0.10, p < 0.001)."),
+        (
+            difference(0.006, 0.011, 0.312),
+            "Between sipo and soups no difference is certain: sipo’s hypervolume is 0.006 higher than soups’ "
+            "(95 %: −0.005 to 0.017, p = 0.31).",
+        ),
+    ],
+)
+def test_a_comparison_is_a_sentence(comparison: Comparison, words: str) -> None:
+    assert comparison_in_words(comparison).replace("\xa0", " ") == words
+
+
+def test_the_answer_says_first_that_nothing_is_certain() -> None:
+    corrected = difference(0.02, 0.01, 0.06)  # its own interval is above 0, but it is one of many
+    assert answer(report([BASE, MOD], comparisons=[corrected])).startswith(
+        "No difference is certain. The highest hypervolume is mod’s"
+    )
+
+
+def test_useless_answers_and_weights_that_get_less_are_warned_of() -> None:
+    def point(w: float, warm: float, **shares: float) -> AtWeight:
+        return at({"concise": w, "warm": 1 - w}, {"concise": 0.1 + w, "warm": warm}, **shares)
+
+    bad = method(
+        "bad", "mod", [point(0, 0.25, truncated=0.304), point(0.5, 0.4, distinct=0.4), point(1, 0.41, empty=0.12, truncated=0.995)]
+    )
+    endless = method("base", "base", [at(None, {"concise": 0.1, "warm": 0.1}, truncated=0.81)])
+    assert [words.replace("\xa0", " ") for words in warnings(report([endless, bad]))] == [
+        "base: answers are cut off by the limit of tokens (81 %).",
+        "bad: answers are empty (12 % at concise 1, warm 0).",
+        "bad: answers are cut off by the limit of tokens (30 % at concise 0, warm 1; > 99 % at concise 1, warm 0).",
+        "bad: answers are alike, few are given to one prompt only (40 % at concise 0.5, warm 0.5).",
+        "bad is miscalibrated in warm: weight 1 asks more of it than 0 but gets less, 0.250 instead of 0.410.",
+    ]
+
+
+def test_figures_have_as_many_places_as_their_intervals_carry() -> None:
+    assert [places([around(0, by)]) for by in (0.0135, 0.1, 6.5, 130, 0)] == [3, 2, 0, 0, 3]
+    assert (number(-0.0004, 3), number(-1.5, 1)) == ("0.000", "−1.5")
+    assert [percent(share).replace("\xa0", " ") for share in (0, 0.004, 0.05, 0.996, 1)] == [
+        "0 %",
+        "< 1 %",
+        "5 %",
+        "> 99 %",
+        "100 %",
+    ]
+
+
+def test_a_front_in_two_objectives_leaves_out_what_is_dominated() -> None:
+    assert staircase([(0.1, 0.5), (0.3, 0.2), (0.2, 0.2), (0.2, 0.4), (0.3, 0.2), (0.1, 0.4)]) == [
+        (0.1, 0.5),
+        (0.2, 0.4),
+        (0.3, 0.2),
+    ]
