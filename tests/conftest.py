@@ -32,6 +32,7 @@ LONGEST = (
     "test_cli_train.py",
     "test_training_run.py",
     "test_trainer_service.py",
+    "test_cli_evaluate.py",
 )
 
 

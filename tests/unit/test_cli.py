@@ -18,6 +18,7 @@ COMMANDS = [
     "generate",
     "conflicts",
     "score",
+    "evaluate",
     "sft",
     "train",
     "weights",
