@@ -17,6 +17,7 @@ from gateway.cli.evaluate.command import evaluate
 from gateway.cli.generate import generate
 from gateway.cli.score.command import score
 from gateway.cli.train.command import train
+from gateway.cli.train.reward import reward
 from gateway.cli.train.sft import sft
 from gateway.cli.up import up
 from gateway.cli.version import show_version
@@ -48,6 +49,7 @@ app.command()(score)
 app.command()(evaluate)
 app.command()(sft)
 app.command()(train)
+app.command("train reward")(reward)
 app.command()(weights)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(policies.app, name="policies")

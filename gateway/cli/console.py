@@ -48,6 +48,11 @@ complaints = PlainConsole(stderr=True)
 class CommandLine(TyperGroup):
     """Fails in one sentence on stderr: exit 2 for a caller's mistake, 1 for everything else. Bugs keep their traceback."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """A command may have a name of two words beside one that has the first word alone: `train reward` and `train`."""
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words in self.commands else args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)

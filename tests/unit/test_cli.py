@@ -21,6 +21,7 @@ COMMANDS = [
     "evaluate",
     "sft",
     "train",
+    "train reward",
     "weights",
     *(f"jobs {name}" for name in ("submit", "list", "show", "watch", "cancel", "delete", "pairs", "candidates", "report")),
     *(f"policies {name}" for name in ("list", "show", "activate", "delete", "import", "soup")),

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from sipo.conversation import Prompt, as_messages, as_text
+from sipo.conversation import Prompt
 from sipo.errors import InvalidRequest, NotFound
+from sipo.evaluation.judged_text import encode
 from sipo.evaluation.reward_models.presets import Preset, find_preset, presets_of
 from sipo.evaluation.reward_models.score_head import ScoredDecoder, load_scored_decoder
 from sipo.models import model_folder
@@ -72,18 +72,8 @@ class Classifier:
 
     def _encode(self, prompt: Prompt, response: str) -> Any:
         """The model's inputs, each [1, length]."""
-        conversation = [*as_messages(prompt), {"role": "assistant", "content": response}]
-        try:
-            if self._preset:
-                text = self._tokenizer.apply_chat_template(conversation, chat_template=self._preset.template, tokenize=False)
-                return self._tokenizer(text, return_tensors="pt")
-            if self._tokenizer.chat_template is None:
-                # In lists, because an empty text on its own would count as no second text.
-                return self._tokenizer([as_text(prompt)], [response], return_tensors="pt")
-            # The template writes the special tokens; the tokenizer adds none of its own.
-            return self._tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
-        except TemplateError as error:
-            raise InvalidRequest(f"the chat template of the reward model {self._name} refuses the conversation: {error}") from error
+        template = self._preset.template if self._preset else None
+        return encode(self._tokenizer, prompt, response, name=self._name, template=template)
 
 
 def _architecture(config: Any) -> str:
