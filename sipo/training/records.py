@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from sipo.preferences import format_weights
+from sipo.training.answering import TOKENS
 from sipo.training.run_folder import CARD, CURVE, HISTORY, RunFolder, data_sha256
 from sipo.training.settings import Method, TrainMetrics, TrainRun
 from sipo.words import counted
@@ -78,6 +79,7 @@ def card(run: TrainRun, metrics: TrainMetrics, pairs_sha256: str) -> str:
 A LoRA adapter on {run.base_name}, trained by {method} from {begin}.
 
 - Data: {kept}; left out: {left_out}; {counted(metrics.responses_cut, "response")} cut. SHA-256 of the pairs: `{pairs_sha256}`.
+- {_answers(metrics)}
 - Steps: {metrics.steps}, kept: step {metrics.best_step}; {metrics.dtype}; {metrics.seconds:.0f} s.
 
 | on the {validation} | before | after |
@@ -89,3 +91,13 @@ A LoRA adapter on {run.base_name}, trained by {method} from {begin}.
 ```yaml
 {settings}```
 """
+
+
+def _answers(metrics: TrainMetrics) -> str:
+    after = metrics.answered
+    if after is None:
+        return "What it answers was not looked at."
+    return (
+        f"Greedy answers to {counted(after.prompts, 'prompt')}, at most {TOKENS} tokens: {after.tokens:.1f} tokens on average, "
+        f"{after.empty} empty, {after.endless} without an end, {after.distinct} different."
+    )

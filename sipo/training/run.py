@@ -26,6 +26,7 @@ from trl import DPOConfig
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.files import sync_tree
 from sipo.precision import torch_dtype
+from sipo.training.answering import answer
 from sipo.training.arguments import common_arguments, fresh_lora
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
 from sipo.training.data import TokenisedPairs, TokenPair, tokenise
@@ -33,7 +34,7 @@ from sipo.training.memory import fitting
 from sipo.training.records import write_records
 from sipo.training.reporting import Reporter
 from sipo.training.run_folder import ADAPTER, RunFolder
-from sipo.training.settings import Measure, Progress, TrainMetrics, TrainRun
+from sipo.training.settings import Answered, Measure, Progress, TrainMetrics, TrainRun
 from sipo.training.trainer import START, PairCollator, PairTrainer, reference_file
 from sipo.words import counted
 
@@ -82,6 +83,7 @@ def _train(
     started = time.monotonic()
     trainer = build_trainer(run, folder, data, tokenizer, reporter, micro_batch=micro_batch)
     before = measure_at_the_start(run, data, folder, trainer.beta)
+    answered_before = _answered(trainer, run, data, tokenizer)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     after = _measure(trainer)
     if not math.isfinite(after.loss):
@@ -108,6 +110,8 @@ def _train(
         dtype=str(trainer.model.get_base_model().dtype).removeprefix("torch."),
         before=before,
         after=after,
+        answered_before=answered_before,
+        answered=_answered(trainer, run, data, tokenizer),
     )
     run_folder = RunFolder(folder)
     _save_adapter(trainer, run_folder.adapter, run.base_name)
@@ -214,6 +218,14 @@ def _left_out(data: TokenisedPairs, max_prompt_tokens: int) -> str:
 def _measure(trainer: PairTrainer) -> Measure:
     logs = trainer.evaluate()
     return Measure(loss=logs["eval_loss"], margin=logs["eval_rewards/margins"], accuracy=logs["eval_rewards/accuracies"])
+
+
+def _answered(trainer: PairTrainer, run: TrainRun, data: TokenisedPairs, tokenizer: Any) -> Answered | None:
+    """By the policy as it is now. Where several processes share its weights, they would have to go through every token together."""
+    if trainer.accelerator.num_processes > 1:
+        return None
+    prompts = [row["prompt_ids"] for row in data.validation]
+    return answer(trainer.model, prompts, end_token=run.prompt_format.end_token_id(tokenizer))
 
 
 def _made_worse(run: TrainRun, before: Measure, after: Measure) -> str | None:

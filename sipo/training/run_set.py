@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sipo.errors import InvalidRequest
+from sipo.errors import InvalidRequest, TrainingFailed
 from sipo.models import Base, BaseModelRef
 from sipo.policies import Draft, MadeBy, PolicySet, PolicyStore, TrainedRuns, adapter_sha256, adapters_sha256
 from sipo.training.planning import PlannedRun
@@ -61,9 +61,18 @@ def publish_runs(
     made_by: MadeBy,
     **settings: Any,
 ) -> PolicySet:
-    """The adapters of finished `runs`, by objective, as the next version of `name`; or the set that was made by the same before."""
+    """The adapters of finished `runs`, by objective, as the next version of `name`; or the set that was made by the same before.
+
+    Raises TrainingFailed, with nothing published, for a policy whose answers the training has spoilt.
+    """
     if (published := store.published_by(name, made_by)) is not None:
         return published
+    for objective, folder in runs.items():
+        if (metrics := folder.finished()) is not None and (fault := metrics.fault) is not None:
+            raise TrainingFailed(
+                f"the policy of {objective!r} is not published: {fault}. The training went too far: use a smaller learning_rate or "
+                "fewer epochs, or a greater beta"
+            )
     draft = draft_of(name, runs, base=base.ref, parent=parent, made_by=made_by, **settings)
     return store.publish(draft, {objective: folder.adapter for objective, folder in runs.items()}, base.folder)
 

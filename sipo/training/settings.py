@@ -108,6 +108,32 @@ class Measure(Record):
     accuracy: float
 
 
+MIN_ANSWERS = 4
+"""Fewer answers tell nothing of a policy."""
+
+
+class Answered(Record):
+    """What a policy answered to some validation prompts, greedily: see sipo.training.answering."""
+
+    prompts: int
+    tokens: float = Field(description="mean length, without the end token")
+    empty: int = Field(description="answers that ended at once")
+    endless: int = Field(description="answers that had not ended at the limit")
+    distinct: int
+
+    def fault(self, before: Answered) -> str | None:
+        """How a training has spoilt the answers, so that the policy should not be published. None if they are too few to tell."""
+        if self.prompts < MIN_ANSWERS:
+            return None
+        if self.empty * 2 > self.prompts > before.empty * 2:
+            return f"{self.empty} of {self.prompts} greedy answers are empty, and before the training {before.empty} were"
+        if self.endless == self.prompts and before.endless * 2 <= self.prompts:
+            return f"none of {self.prompts} greedy answers comes to an end, and before the training {before.endless} did not"
+        if self.distinct == 1 < before.distinct:
+            return f"all of {self.prompts} greedy answers are the same, and before the training {before.distinct} were different"
+        return None
+
+
 class TrainMetrics(Record):
     """What a finished run reports."""
 
@@ -125,3 +151,12 @@ class TrainMetrics(Record):
     dtype: str
     before: Measure
     after: Measure
+    answered_before: Answered | None = Field(default=None, description="None where several processes trained")
+    answered: Answered | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """Why the policy should not be published, if it should not."""
+        if self.answered is None or self.answered_before is None:
+            return None
+        return self.answered.fault(self.answered_before)

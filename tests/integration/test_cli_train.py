@@ -268,6 +268,21 @@ def test_the_same_command_does_nothing_twice_and_publishes_once(
     assert [one.id for one in store.sets()] == ["demo:1", "demo:2"]
 
 
+def test_a_policy_whose_answers_were_spoilt_is_not_published(
+    train: Train, made: list[str], labelled: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    assert train(labelled).exit_code == 0
+    path = tmp_path / "runs" / "warm" / "metrics.json"
+    before = {"prompts": 8, "tokens": 30, "empty": 0, "endless": 2, "distinct": 8}
+    metrics = json.loads(path.read_text()) | {"answered_before": before, "answered": before | {"empty": 7, "tokens": 0.5}}
+    path.write_text(json.dumps(metrics))
+    result = train(labelled, "--publish", "mine")
+    assert result.exit_code == 1
+    assert "warm: greedy answers to 8 prompts have 0 tokens (before 30); 7 are empty (0), 2 have no end (2)" in result.stdout
+    assert "the policy of 'warm' is not published: 7 of 8 greedy answers are empty, and before the training 0 were" in result.stderr
+    assert PolicyStore(data_dir / "policies").names() == []
+
+
 @pytest.mark.parametrize("changed", ["settings", "data", "objectives", "a folder of something else"])
 def test_a_folder_of_other_runs_is_refused_and_left_as_it_is(
     train: Train, made: list[str], labelled: Path, tmp_path: Path, changed: str

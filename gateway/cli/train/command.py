@@ -28,7 +28,7 @@ from sipo.resources import check, needed_by_training
 from sipo.training.planning import Planner
 from sipo.training.presets import read_preset, read_settings
 from sipo.training.run_set import RunSet, runs_sha256
-from sipo.training.settings import Method, TrainMetrics, TrainSettings
+from sipo.training.settings import Answered, Method, TrainMetrics, TrainSettings
 from sipo.words import counted
 
 
@@ -135,7 +135,17 @@ def _summarise(runs: RunSet, metrics: Mapping[str, TrainMetrics]) -> None:
         validation = one.validation_pairs if one.held_out else 0
         table.add_row(name, str(one.pairs), str(validation), *measured, f"{one.seconds:.0f}")
     console.print(table)
+    for name, one in metrics.items():
+        if one.answered is not None and one.answered_before is not None:
+            console.print(f"{name}: {_answers(one.answered_before, one.answered)}", markup=False)
     if not all(one.held_out for one in metrics.values()):
         console.print("too few pairs to hold some out for validation: loss and reward accuracy are those of the training pairs")
     for planned in runs.planned:
         console.print(f"{planned.name}: {runs.run_folder(planned).path}", markup=False)
+
+
+def _answers(before: Answered, after: Answered) -> str:
+    return (
+        f"greedy answers to {counted(after.prompts, 'prompt')} have {after.tokens:.0f} tokens (before {before.tokens:.0f}); "
+        f"{after.empty} are empty ({before.empty}), {after.endless} have no end ({before.endless})"
+    )
