@@ -1,4 +1,4 @@
-"""What a policy answers: loss and reward accuracy do not show one that says nothing, never ends, or says the same to everybody.
+"""What a policy answers: loss and reward accuracy do not show one that says nothing, or the same to everybody.
 
 Greedy answers to a few validation prompts, before a training and after it. What was so before the training is not its fault.
 """
@@ -11,22 +11,18 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from sipo.training.settings import Answered
-
-PROMPTS = 8
-TOKENS = 64
-"""Longest answer."""
+from sipo.training.settings import ANSWER_TOKENS, ANSWERS, Answered
 
 
 @torch.inference_mode()
 def answer(model: Any, prompts: Sequence[Sequence[int]], *, end_token: int) -> Answered:
-    """Of the first PROMPTS different `prompts`, as token ids. The model is left in the mode that it was in."""
-    asked = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))][:PROMPTS]
+    """Of the first ANSWERS different `prompts`, as token ids. The model is left in the mode that it was in."""
+    asked = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))][:ANSWERS]
     width = max(map(len, asked))
     ids = torch.tensor([[end_token] * (width - len(prompt)) + prompt for prompt in asked], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in asked], device=model.device)
     greedy = GenerationConfig(
-        max_new_tokens=TOKENS, do_sample=False, eos_token_id=end_token, pad_token_id=end_token, use_cache=True
+        max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=end_token, pad_token_id=end_token, use_cache=True
     )
     training = model.training
     model.eval()

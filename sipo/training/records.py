@@ -10,9 +10,8 @@ from typing import Any
 import yaml
 
 from sipo.preferences import format_weights
-from sipo.training.answering import TOKENS
 from sipo.training.run_folder import CARD, CURVE, HISTORY, RunFolder, data_sha256
-from sipo.training.settings import Method, TrainMetrics, TrainRun
+from sipo.training.settings import ANSWER_TOKENS, Method, TrainMetrics, TrainRun
 from sipo.words import counted
 
 METHODS: Mapping[Method, str] = {"dpo": "DPO (Eq. 2)", "sipo": "SIPO (Eq. 8)", "lw": "DPO LW", "modpo": "MODPO"}
@@ -98,6 +97,6 @@ def _answers(metrics: TrainMetrics) -> str:
     if after is None:
         return "What it answers was not looked at."
     return (
-        f"Greedy answers to {counted(after.prompts, 'prompt')}, at most {TOKENS} tokens: {after.tokens:.1f} tokens on average, "
-        f"{after.empty} empty, {after.endless} without an end, {after.distinct} different."
+        f"Greedy answers to {counted(after.prompts, 'prompt')}, at most {ANSWER_TOKENS} tokens: {after.tokens:.1f} tokens on average, "
+        f"{after.empty} empty, {after.endless} not ended, {after.distinct} different."
     )

@@ -278,7 +278,10 @@ def test_a_policy_whose_answers_were_spoilt_is_not_published(
     path.write_text(json.dumps(metrics))
     result = train(labelled, "--publish", "mine")
     assert result.exit_code == 1
-    assert "warm: greedy answers to 8 prompts have 0 tokens (before 30); 7 are empty (0), 2 have no end (2)" in result.stdout
+    assert (
+        "warm: greedy answers to 8 prompts, at most 32 tokens, have 0 (before 30); 7 are empty (0), 2 had not ended (2)"
+        in result.stdout
+    )
     assert "the policy of 'warm' is not published: 7 of 8 greedy answers are empty, and before the training 0 were" in result.stderr
     assert PolicyStore(data_dir / "policies").names() == []
 

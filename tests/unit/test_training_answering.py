@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sipo.prompts import PromptFormat
-from sipo.training.answering import PROMPTS, TOKENS, answer
-from sipo.training.settings import Answered
+from sipo.training.answering import answer
+from sipo.training.settings import ANSWER_TOKENS, ANSWERS, Answered
 
 
 def answered(**figures: int) -> Answered:
@@ -22,9 +22,7 @@ def answered(**figures: int) -> Answered:
         ({}, {"empty": 4}, None),
         ({"empty": 1}, {"empty": 5}, "5 of 8 greedy answers are empty, and before the training 1 were"),
         ({"empty": 5}, {"empty": 8}, None),
-        ({"endless": 3}, {"endless": 8}, "none of 8 greedy answers comes to an end, and before the training 3 did not"),
-        ({"endless": 3}, {"endless": 7}, None),
-        ({"endless": 7}, {"endless": 8}, None),
+        ({"endless": 3}, {"endless": 8}, None),  # longer answers may be better ones
         ({"distinct": 7}, {"distinct": 1}, "all of 8 greedy answers are the same, and before the training 7 were different"),
         ({"distinct": 1}, {"distinct": 1}, None),
         ({"prompts": 3}, {"prompts": 3, "empty": 3}, None),
@@ -41,13 +39,13 @@ def test_answers_are_the_greedy_ones_of_each_prompt_alone(tiny_base: Path, tiny_
     end = PromptFormat.of(tiny_tokenizer).end_token_id(tiny_tokenizer)
     prompts = [list(tiny_tokenizer(text)["input_ids"]) for text in ("a", "bcd", "a", "a much longer prompt", *"efghijkl")]
     model.lm_head.weight.data[end] *= 3  # so that some end by themselves
-    alone = [greedy(model, prompt, end) for prompt in list(dict.fromkeys(map(tuple, prompts)))[:PROMPTS]]
+    alone = [greedy(model, prompt, end) for prompt in list(dict.fromkeys(map(tuple, prompts)))[:ANSWERS]]
     model.train()
     found = answer(model, prompts, end_token=end)
     assert model.training
     lengths = [len(one) - (one[-1] == end) for one in alone]
-    assert found.prompts == PROMPTS
-    assert found.tokens == sum(lengths) / PROMPTS
+    assert found.prompts == ANSWERS
+    assert found.tokens == sum(lengths) / ANSWERS
     assert found.endless == sum(one[-1] != end for one in alone)
     assert found.empty == sum(length == 0 for length in lengths)
     assert found.distinct == len({tuple(one) for one in alone})
@@ -57,6 +55,6 @@ def test_answers_are_the_greedy_ones_of_each_prompt_alone(tiny_base: Path, tiny_
 def greedy(model: torch.nn.Module, prompt: tuple[int, ...], end: int) -> list[int]:
     model.eval()
     made: list[int] = []
-    while len(made) < TOKENS and (not made or made[-1] != end):
+    while len(made) < ANSWER_TOKENS and (not made or made[-1] != end):
         made.append(int(model(torch.tensor([[*prompt, *made]])).logits[0, -1].argmax()))
     return made

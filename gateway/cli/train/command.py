@@ -28,7 +28,7 @@ from sipo.resources import check, needed_by_training
 from sipo.training.planning import Planner
 from sipo.training.presets import read_preset, read_settings
 from sipo.training.run_set import RunSet, runs_sha256
-from sipo.training.settings import Answered, Method, TrainMetrics, TrainSettings
+from sipo.training.settings import ANSWER_TOKENS, Answered, Method, TrainMetrics, TrainSettings
 from sipo.words import counted
 
 
@@ -146,6 +146,6 @@ def _summarise(runs: RunSet, metrics: Mapping[str, TrainMetrics]) -> None:
 
 def _answers(before: Answered, after: Answered) -> str:
     return (
-        f"greedy answers to {counted(after.prompts, 'prompt')} have {after.tokens:.0f} tokens (before {before.tokens:.0f}); "
-        f"{after.empty} are empty ({before.empty}), {after.endless} have no end ({before.endless})"
+        f"greedy answers to {counted(after.prompts, 'prompt')}, at most {ANSWER_TOKENS} tokens, have {after.tokens:.0f} (before "
+        f"{before.tokens:.0f}); {after.empty} are empty ({before.empty}), {after.endless} had not ended ({before.endless})"
     )
