@@ -97,6 +97,6 @@ def _answers(metrics: TrainMetrics) -> str:
     if after is None:
         return "What it answers was not looked at."
     return (
-        f"Greedy answers to {counted(after.prompts, 'prompt')}, at most {ANSWER_TOKENS} tokens: {after.tokens:.1f} tokens on average, "
+        f"Greedy answers to {counted(after.prompts, 'prompt')}, at most {ANSWER_TOKENS} tokens: {after.tokens:.1f} on average, "
         f"{after.empty} empty, {after.endless} not ended, {after.distinct} different."
     )
