@@ -23,6 +23,8 @@ from sipo.rewards import RewardModel
 from tests.fakes import write_policy_set
 from tests.policies import publish_random, rewards_one_by_one
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES = ["concise", "warm"]
 SOUPS = sampling_weights(OBJECTIVES)
 

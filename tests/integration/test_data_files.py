@@ -26,6 +26,8 @@ from sipo.preferences import Example
 from tests.fakes import write_policy_set
 from tests.trainer import stand_in
 
+pytestmark = pytest.mark.slow
+
 ROWS: list[dict[str, Any]] = [
     {
         "prompt": "q0 \u2028 \x85?",

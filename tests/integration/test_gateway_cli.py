@@ -20,6 +20,8 @@ from sipo.policies import PolicyStore
 from sipo.preferences import Example
 from tests.fakes import FakeDecoder, write_policy_set
 
+pytestmark = pytest.mark.slow
+
 
 def sipo(url: str, *args: str) -> Result:
     return CliRunner().invoke(app, args, env={"SIPO_GATEWAY_URL": url})

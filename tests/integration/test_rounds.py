@@ -41,6 +41,8 @@ from sipo.training.settings import TrainMetrics
 from support import PATIENCE
 from tests.trainer import OBJECTIVES, Tell, decision, policies, report_of, submit, trainer, until
 
+pytestmark = pytest.mark.slow
+
 THREE = [*OBJECTIVES, "kind"]
 
 Accepts = Callable[[int, int], bool]

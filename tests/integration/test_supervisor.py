@@ -22,6 +22,8 @@ from services.common.settings import CommonSettings
 from sipo.errors import Conflict
 from support import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 WEB = """
 import http.server, sys, time
 port, delay = int(sys.argv[1]), float(sys.argv[2])

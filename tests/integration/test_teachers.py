@@ -33,6 +33,8 @@ from support import PATIENCE
 from tests.fakes import WritingDecoder, write_policy_set
 from tests.plans import sampling_plan
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-very-secret"
 CHAT = [{"role": "user", "content": "x"}]
 ASKED: dict[str, Any] = {"max_tokens": 8, "temperature": 0.5, "seed": 3}

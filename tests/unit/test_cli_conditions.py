@@ -20,6 +20,8 @@ from gateway.cli import app, version
 from gateway.cli.client import Gateway
 from gateway.cli.console import CommandLine, printable
 
+pytestmark = pytest.mark.slow
+
 MAIN = (sys.executable, "-c", "from gateway.entry import main; main()")
 
 

@@ -15,6 +15,8 @@ from sipo.evaluation.page.words import answer, comparison_in_words, number, perc
 from sipo.evaluation.report import AtWeight, Comparison, EvaluationReport, Interval, Kind, MethodResult, Sample, SampleAnswer
 from sipo.preferences import Weights
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 

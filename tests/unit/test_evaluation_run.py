@@ -16,6 +16,8 @@ from sipo.evaluation.report import EvaluationReport
 from tests.evaluation import OBJECTIVES, FakeEngine
 from tests.trainer import write_adapter
 
+pytestmark = pytest.mark.slow
+
 Evaluate = Callable[..., Result]
 METHODS = ("--method", "base", "--method", "mod=mod:./adapters", "--method", "soup=soup:./adapters")
 JUDGES = ("--judge", "concise=python:concise", "--judge", "warm=python:warm")
