@@ -51,21 +51,20 @@ def needed_by_sft(base: Path, settings: TrainSettings) -> Needs:
     )
 
 
-def needed_by_training(base: Path, settings: TrainSettings, runs: int, *, data_bytes: int = 0) -> Needs:
-    """Of so many runs in this machine's memory, one after the other, whose adapters are published; `data_bytes` are written
-    besides."""
+def needed_by_training(base: Path, settings: TrainSettings, runs: int) -> Needs:
+    """Of so many runs in this machine's memory, one after the other, whose adapters are published."""
     lora = lora_parameters(base, settings.lora_rank)
     memory = _on_a_cpu(parameters(base) * _bytes_per_weight() + lora * TRAINED_WITH_ADAM)
-    return replace(needed_by_job(base, settings, runs, data_bytes=data_bytes), memory=memory)
+    return replace(needed_by_job(base, settings, runs), memory=memory)
 
 
-def needed_by_job(base: Path, settings: TrainSettings, runs: int, *, data_bytes: int = 0) -> Needs:
+def needed_by_job(base: Path, settings: TrainSettings, runs: int) -> Needs:
     """As needed_by_training, where another machine may train: only what is written."""
     lora = lora_parameters(base, settings.lora_rank)
     return Needs(
         f"the training of {runs} {'policy' if runs == 1 else 'policies'} on {base.name}",
         memory=0,
-        disk=lora * (2 * runs * FLOAT32 + CHECKPOINTED * CHECKPOINTS_KEPT) + data_bytes,
+        disk=lora * (2 * runs * FLOAT32 + CHECKPOINTED * CHECKPOINTS_KEPT),
     )
 
 
