@@ -1,7 +1,10 @@
 """Policy sets: one LoRA adapter per objective on a shared base, in immutable versioned folders.
 
-    <root>/demo/1/manifest.json, helpful/adapter_model.safetensors, …
+    <root>/demo/1/manifest.json, helpful/adapter_model.safetensors, …, _reference/adapter_model.safetensors if it has one
     <root>/demo/current -> 1
+
+What the policies of a set were aligned from, its reference, is the base, or the base changed by one more adapter that supervised
+fine-tuning left. The policies then lie on top of it: every model of the set has that adapter with coefficient 1.
 
 A set is published by writing it aside, syncing it to disk and renaming it, and deleted by renaming it before its files go;
 `current` moves by renaming a symbolic link. So at any moment, and after any crash, readers see the old state or the whole new one.
@@ -38,6 +41,9 @@ GONE = ".gone-"
 """How the folder of a deleted version is called. It stays, empty, so that no other set gets its number."""
 ABANDONED = 3600.0
 """Seconds after which a set that is still aside is nobody's."""
+
+REFERENCE = "_reference"
+"""The folder of the reference's adapter in a set: no objective can be called so."""
 
 _CONFIG = "adapter_config.json"
 _ADAPTER_FILES = (_CONFIG, "adapter_model.safetensors")
@@ -89,6 +95,8 @@ class Manifest(Draft):
     version: int
     created: datetime
     adapters: dict[str, AdapterRef]
+    reference: AdapterRef | None = None
+    """None: the base itself."""
 
     @property
     def id(self) -> str:
@@ -118,15 +126,29 @@ class PolicySet:
         """A plain PEFT adapter folder."""
         return self.folder / objective
 
+    @property
+    def reference_dir(self) -> Path | None:
+        """The PEFT adapter that makes the reference of the base; None if the reference is the base."""
+        return self.folder / REFERENCE if self.manifest.reference is not None else None
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """All its adapters, by objective, the reference's by REFERENCE at the end if there is one."""
+        folders = {objective: self.adapter_dir(objective) for objective in self.objectives}
+        return folders if self.reference_dir is None else folders | {REFERENCE: self.reference_dir}
+
     def verify(self) -> None:
         """Raises IncompatiblePolicy if an adapter is not the one that was published, NotFound if the set was deleted meanwhile."""
-        for objective, adapter in self.manifest.adapters.items():
+        published = [(name, adapter.sha256) for name, adapter in self.manifest.adapters.items()]
+        if self.manifest.reference is not None:
+            published.append((REFERENCE, self.manifest.reference.sha256))
+        for name, sha256 in published:
             try:
-                found = adapter_sha256(self.adapter_dir(objective))
+                found = adapter_sha256(self.folder / name)
             except FileNotFoundError:
                 raise NotFound(f"the files of {self.id} are not there any more: name another set", param="policy_set") from None
-            if found != adapter.sha256:
-                raise IncompatiblePolicy(f"{self.id}: the files of {objective!r} changed after publishing: publish the set again")
+            if found != sha256:
+                raise IncompatiblePolicy(f"{self.id}: the files of {name!r} changed after publishing: publish the set again")
 
     def check_base(self, base_sha256: str) -> None:
         """Raises IncompatiblePolicy if the set belongs to another base than the one given by its hash."""
@@ -237,9 +259,17 @@ class PolicyStore:
             _remove(path)
         return chosen
 
-    def publish(self, draft: Draft, adapters: Mapping[str, Path], base: Path, *, activate: bool = False) -> PolicySet:
+    def publish(
+        self,
+        draft: Draft,
+        adapters: Mapping[str, Path],
+        base: Path,
+        *,
+        reference: Path | None = None,
+        activate: bool = False,
+    ) -> PolicySet:
         """Copies the adapters (objective → PEFT folder) into a new immutable version of `draft.name`; `base` is the folder of the
-        model that they change.
+        model that they change, `reference` the adapter on it that they were trained on top of.
 
         Raises IncompatiblePolicy for an adapter that cannot be served, InvalidRequest for names that do not fit together; then
         nothing is left behind.
@@ -255,9 +285,12 @@ class PolicyStore:
         aside = Path(tempfile.mkdtemp(dir=home, prefix=ASIDE))
         try:
             refs = {objective: _copy_adapter(source, aside / objective, base) for objective, source in adapters.items()}
+            of_reference = None if reference is None else _copy_adapter(reference, aside / REFERENCE, base)
             while True:
                 version = max([*self._versions(draft.name), *self._deleted(draft.name)], default=0) + 1
-                manifest = Manifest(**draft.model_dump(), version=version, created=datetime.now(UTC), adapters=refs)
+                manifest = Manifest(
+                    **draft.model_dump(), version=version, created=datetime.now(UTC), adapters=refs, reference=of_reference
+                )
                 (aside / "manifest.json").write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
                 sync_tree(aside)
                 aside.chmod(0o755)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, NotFound
 from sipo.models import BaseModelRef
-from sipo.policies import Draft, JobRound, MadeBy, PolicySet, PolicyStore, TrainedRuns, adapters_sha256
+from sipo.policies import REFERENCE, Draft, JobRound, MadeBy, PolicySet, PolicyStore, TrainedRuns, adapters_sha256
 from sipo.prompts import PromptFormat
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -74,6 +74,34 @@ def test_a_set_reads_back_as_it_was_published(store: PolicyStore, adapters: dict
     assert read.manifest.adapters["helpful"].rank == 2
     assert read.default_weights == {"helpful": 0.5, "harmless": 0.5}
     read.verify()
+
+
+def test_a_set_has_its_reference_with_it(store: PolicyStore, adapters: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    reference = make_adapter(tmp_path / "trained" / "tuned", rank=3)
+    published = store.publish(draft(), adapters, base, reference=reference)
+    assert published.manifest.reference is not None
+    assert published.manifest.reference.rank == 3
+    assert list(published.folders) == ["helpful", "harmless", REFERENCE]
+    assert published.folders[REFERENCE] == published.reference_dir
+    store.get("demo:1").verify()
+    changed = published.folders[REFERENCE] / "adapter_config.json"
+    changed.write_text(changed.read_text() + " ")
+    with pytest.raises(IncompatiblePolicy, match="the files of '_reference' changed"):
+        store.get("demo:1").verify()
+
+
+def test_a_set_aligned_from_the_base_has_no_reference_of_its_own(store: PolicyStore, adapters: dict[str, Path], base: Path) -> None:
+    published = store.publish(draft(), adapters, base)
+    assert published.manifest.reference is None
+    assert published.reference_dir is None
+    assert list(published.folders) == ["helpful", "harmless"]
+
+
+def test_a_reference_of_another_base_is_refused(store: PolicyStore, adapters: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    foreign = make_adapter(tmp_path / "trained" / "foreign", width=8)
+    with pytest.raises(IncompatiblePolicy, match="another base model"):
+        store.publish(draft(), adapters, base, reference=foreign)
+    assert store.sets() == []
 
 
 @pytest.mark.parametrize(
