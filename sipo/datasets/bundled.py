@@ -50,8 +50,13 @@ def _labels(row: dict[str, Any], objectives: Sequence[str]) -> dict[str, int]:
 
 
 def bundled_eval_prompts() -> list[str]:
-    """300 prompts that share none with the labelled pairs."""
+    """300 prompts that share none with the labelled pairs: for finding settings, and for looking at fronts again and again."""
     return [row["prompt"] for row in _rows("eval_prompts.jsonl")]
+
+
+def bundled_test_prompts() -> list[str]:
+    """547 further prompts, for the one look at a front after all settings are fixed."""
+    return [row["prompt"] for row in _rows("test_prompts.jsonl")]
 
 
 def _rows(name: str) -> list[dict[str, Any]]:

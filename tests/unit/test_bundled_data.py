@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sipo.conversation import as_text
-from sipo.datasets import bundled_eval_prompts, bundled_examples, conflict_report, read
+from sipo.datasets import bundled_eval_prompts, bundled_examples, bundled_test_prompts, conflict_report, read
 from sipo.datasets.bundled import BUNDLED_OBJECTIVES, CLEAR
 from sipo.errors import InvalidRequest
 from sipo.evaluation.ground_truth import REWARDS
@@ -83,3 +83,9 @@ def test_the_evaluation_prompts_are_300_others() -> None:
     prompts = bundled_eval_prompts()
     assert len(prompts) == len(set(prompts)) == 300
     assert not set(prompts) & {example.prompt for example in bundled_examples()}
+
+
+def test_the_test_prompts_are_547_others() -> None:
+    prompts = bundled_test_prompts()
+    assert len(prompts) == len(set(prompts)) == 547
+    assert not set(prompts) & {*bundled_eval_prompts(), *(example.prompt for example in bundled_examples())}
