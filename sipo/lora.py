@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sipo.adapters import WEIGHTS, AdapterConfig, read_config, read_key, read_tensors
 from sipo.errors import IncompatiblePolicy
@@ -141,3 +141,24 @@ def stack(adapters: Sequence[LoraAdapter], module: str) -> StackedLora | None:
         b=torch.cat([pair[1] for pair in present if pair], dim=1),
         ranks=tuple(pair[0].shape[0] if pair else 0 for pair in present),
     )
+
+
+@torch.no_grad()
+def merge(model: nn.Module, adapter: LoraAdapter) -> None:
+    """Adds the adapter's deltas to the weights of a plain transformers model, in place.
+
+    Sums are float32 and rounded to the model's dtype once; a model in bfloat16 keeps little of a small delta even so. Raises
+    IncompatiblePolicy, with nothing changed, unless the model has every module that the adapter changes, in the same shape.
+    """
+    linears = dict(model.named_modules())
+    for module, (a, b) in adapter.modules.items():
+        weight = getattr(linears.get(module), "weight", None)
+        if weight is None or list(weight.shape) != [b.shape[0], a.shape[1]]:
+            raise IncompatiblePolicy(
+                f"the adapter changes {module} of shape {[b.shape[0], a.shape[1]]}, and the model has "
+                f"{None if weight is None else list(weight.shape)} there: it was trained on another base model"
+            )
+    for module, (a, b) in adapter.modules.items():
+        weight = model.get_submodule(module).weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(weight.float() + (b @ a).to(weight.device))

@@ -25,9 +25,9 @@ MAX_SAMPLING_WEIGHTS = 8
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
-MOD, SOUP, BASE = MODES = ("mod", "soup", "base")
+MOD, SOUP, BASE, REFERENCE = MODES = ("mod", "soup", "base", "reference")
 """The words that a request's `mode` has besides the objectives: no objective may be called so. BASE is also the name under which
-the model without any adapter is asked for: no policies may be called so."""
+the model without any adapter is asked for: no policies may be called so. REFERENCE is what a set's policies were aligned from."""
 
 SamplingMode = Literal["mod", "soup"]
 """How policies are joined at a weight: their logits mixed, or their parameters averaged."""

@@ -99,8 +99,10 @@ class ServedDecoder:
                 random_adapter(self.base, adapters[objective], seed=10 * seed + i, rank=rank)
         return adapters
 
-    def publish(self, name: str, *, seed: int, base_sha256: str | None = None, activate: bool = True) -> PolicySet:
-        """Publishes a set of `adapters(seed=seed)`."""
+    def publish(
+        self, name: str, *, seed: int, base_sha256: str | None = None, reference: Path | None = None, activate: bool = True
+    ) -> PolicySet:
+        """Publishes a set of `adapters(seed=seed)`, on top of the adapter `reference`."""
         sha256 = base_sha256 or model_sha256(self.base, Path("~/.cache/sipo").expanduser())
         draft = Draft(
             name=name,
@@ -109,7 +111,7 @@ class ServedDecoder:
             objectives=["concise", "warm"],
             beta=0.1,
         )
-        return self.store.publish(draft, self.adapters(seed=seed), self.base, activate=activate)
+        return self.store.publish(draft, self.adapters(seed=seed), self.base, reference=reference, activate=activate)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -22,19 +22,26 @@ RAW = PromptFormat(kind="raw", template="{prompt}\n")
 
 
 def method_of(
-    base: Path, kind: Kind, name: str | None = None, *, adapters: str = "demo", points: Sequence[Weights] | None = None
+    base: Path,
+    kind: Kind,
+    name: str | None = None,
+    *,
+    adapters: str = "demo",
+    reference: str | None = None,
+    points: Sequence[Weights] | None = None,
 ) -> Method:
-    """`adapters` stands for the set's files: methods of the same ones may share an engine."""
+    """`adapters` and `reference` stand for the set's files: methods of the same ones may share an engine."""
     weights = points or points_of(OBJECTIVES, ["3"])
-    keys = {"base": [], "models": list(map(format_weights, weights))}.get(kind, OBJECTIVES)
+    keys = {"base": [], "reference": [], "models": list(map(format_weights, weights))}.get(kind, OBJECTIVES)
     return Method(
         name=name or kind,
         kind=kind,
         source=adapters,
         base=Base(base, BaseModelRef(name="tiny", sha256="0" * 64)),
         prompt_format=RAW,
-        points=[None] if kind == "base" else weights,
+        points=[None] if kind in ("base", "reference") else weights,
         adapters={key: Adapter(Path(adapters, key), f"{adapters} {key}", rank) for rank, key in enumerate(keys, start=2)},
+        reference=Adapter(Path(reference), reference, 4) if reference else None,
     )
 
 
@@ -55,8 +62,10 @@ class FakeEngine:
         self.started: list[dict[str, Any]] = []
         self.batches: list[int] = []
 
-    def open(self, model: Path, policies: Mapping[str, Path], **sizes: int) -> AbstractContextManager[FakeEngine]:
-        self.started.append({"model": model, "policies": dict(policies), **sizes})
+    def open(
+        self, model: Path, policies: Mapping[str, Path], *, reference: Path | None, **sizes: int
+    ) -> AbstractContextManager[FakeEngine]:
+        self.started.append({"model": model, "policies": dict(policies), "reference": reference, **sizes})
         return nullcontext(self)
 
     def generate(

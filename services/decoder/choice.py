@@ -18,12 +18,12 @@ from sipo.decoding.request import (
     Mixture,
     base_mixture,
     check_coefficients,
+    model_entry,
     normalized_mixture,
-    policy_entry,
 )
 from sipo.errors import InvalidRequest
 from sipo.policies import PolicySet, PolicyStore
-from sipo.preferences import BASE, MOD
+from sipo.preferences import BASE, MOD, REFERENCE
 from sipo.targets import Target, resolve_target
 from sipo.words import counted
 
@@ -34,6 +34,7 @@ class ChoiceFields(BaseModel):
     {"model": "demo", "preference_weights": {"concise": 0.7, "warm": 0.3}}
     {"model": "demo@concise=0.7,warm=0.3", "mixing": "alpha_divergence", "mixing_alpha": 0.5}
     {"model": "demo", "mixing": "linear", "coefficients": {"base": 1, "warm": 1.5, "other:2/formal": -0.5}}
+    {"model": "demo", "mode": "reference"}
     """
 
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -102,7 +103,8 @@ class Chooser:
         return Choice(chosen, (policy_set,), shown)
 
     def _linear(self, target: Target, fields: ChoiceFields) -> Choice:
-        """Free coefficients over "base", the objectives of the request's own set, and "NAME:VERSION/OBJECTIVE" of any other."""
+        """Free coefficients over "base", "reference" and the objectives of the request's own set, and "NAME:VERSION/OBJECTIVE" and
+        "NAME:VERSION/reference" of any other."""
         policy_set = target.policy_set
         if target.weights is not None or fields.mode is not None or fields.mixing_alpha is not None:
             raise InvalidRequest("linear mixing has coefficients only: leave out weights, mode and mixing_alpha", param="mixing")
@@ -115,13 +117,12 @@ class Chooser:
             if name == BASE:
                 entries.append(Entry(weight=coefficient))
                 continue
-            other, slash, objective = name.rpartition("/")
+            other, slash, model = name.rpartition("/")
             owner = self._get(other) if slash else policy_set
-            if owner is None or objective not in owner.objectives:
-                known = ", ".join([BASE, *(owner.objectives if owner else ()), "NAME:VERSION/OBJECTIVE of another set"])
-                raise InvalidRequest(f"unknown model {name!r}: coefficients are for {known}", param="coefficients")
+            if owner is None or model not in (REFERENCE, *owner.objectives):
+                raise InvalidRequest(_unknown(name, owner), param="coefficients")
             used[owner.id] = owner
-            entries.append(policy_entry(resident_key(owner), owner.objectives, objective, coefficient))
+            entries.append(model_entry(resident_key(owner), owner.objectives, model, coefficient))
         chosen = Mixture(entries=tuple(entries), rule=LINEAR)
         self._check_room(chosen, tuple(used.values()))
         shown = {"policy_set": policy_set.id if policy_set else BASE, "mixing": LINEAR, "coefficients": fields.coefficients}
@@ -146,6 +147,12 @@ class Chooser:
                 f"this request needs {len(sets)} policy sets in memory: start the decoder with SIPO_DECODER_SETS={len(sets)}",
                 param="coefficients",
             )
+
+
+def _unknown(name: str, owner: PolicySet | None) -> str:
+    own = (REFERENCE, *owner.objectives) if owner else ()
+    known = ", ".join([BASE, *own, f"NAME:VERSION/OBJECTIVE and NAME:VERSION/{REFERENCE} of another set"])
+    return f"unknown model {name!r}: {'' if owner else 'this request names no policy set, and '}coefficients are for {known}"
 
 
 def _base(target: Target, fields: ChoiceFields) -> Choice:

@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 
 class Loader(Protocol):
     async def load(self, key: str, adapters: Mapping[str, Path]) -> None:
-        """Raises Unavailable where sets in memory leave no room for this one."""
+        """`adapters` as PolicySet.folders. Raises Unavailable where sets in memory leave no room for this one."""
         ...
 
     async def unload(self, key: str) -> None: ...
@@ -28,8 +28,11 @@ class Loader(Protocol):
 
 def resident_key(policy_set: PolicySet) -> str:
     """Names a set by its content too, so that nothing cached for it can be taken for another set's that had the same id."""
-    adapters = "".join(policy_set.manifest.adapters[name].sha256 for name in policy_set.objectives)
-    return f"{policy_set.id}-{hashlib.sha256(adapters.encode()).hexdigest()[:12]}"
+    manifest = policy_set.manifest
+    content = "".join(manifest.adapters[name].sha256 for name in policy_set.objectives)
+    if manifest.reference is not None:
+        content += f" on {manifest.reference.sha256}"
+    return f"{policy_set.id}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 class ResidentSets:
@@ -71,10 +74,9 @@ class ResidentSets:
                 "try again soon, or start the decoder with more SIPO_DECODER_SETS"
             )
         await asyncio.to_thread(policy_set.verify)
-        adapters = {name: policy_set.adapter_dir(name) for name in policy_set.objectives}
         while True:
             try:
-                await self._loader.load(key, adapters)
+                await self._loader.load(key, policy_set.folders)
                 break
             except Unavailable:
                 idle = next((other for other, requests in self._running.items() if not requests), None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,16 +16,27 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from sipo.decoding.mixing import mix
 from sipo.decoding.request import LINEAR, REVERSE_KL, MixingRule
-from sipo.preferences import BASE, normalize_weights
+from sipo.lora import load_adapter, merge
+from sipo.preferences import BASE, REFERENCE, normalize_weights
 
 
 class ReferenceDecoder:
-    """A base model in float32 with one PEFT adapter per objective."""
+    """A base model in float32 with one PEFT adapter per objective, on top of that of `reference` where there is one."""
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        base: Path,
+        adapters: Mapping[str, Path],
+        *,
+        reference: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.objectives = tuple(adapters)
+        self._base, self._reference = base, reference
         (first, folder), *others = adapters.items()
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if reference is not None:
+            merge(model, load_adapter(reference))
         self.model = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
         for name, other in others:
             self.model.load_adapter(str(other), adapter_name=name)
@@ -45,7 +58,7 @@ class ReferenceDecoder:
         """The response's token ids, the end token included if one was reached. Temperature 0 is greedy, else samples are drawn from
         the mixture with its log-probabilities divided by the temperature.
 
-        With the rule "linear", `weights` are free coefficients of any objectives and "base".
+        With the rule "linear", `weights` are free coefficients of any objectives, "reference" and "base".
         """
         step = self._steps(weights, rule, alpha)
         response: list[int] = []
@@ -73,7 +86,7 @@ class ReferenceDecoder:
         """A function from the tokens that it has not seen yet to the mixture's log-probabilities [vocabulary] after them."""
         w = dict(weights) if rule == LINEAR else normalize_weights(weights, self.objectives)
         if rule == "jensen_shannon":
-            w = {BASE: 0.0, **w}
+            w = {REFERENCE: 0.0, **w}
         caches = {name: DynamicCache() for name in w}
 
         def step(unseen: Sequence[int]) -> Tensor:
@@ -84,11 +97,21 @@ class ReferenceDecoder:
         return step
 
     def _next_log_probs(self, name: str, unseen: Tensor, cache: DynamicCache) -> Tensor:
-        """log pi(. | x, y_<t) [vocabulary] of an objective's policy or the base; `cache` has what precedes `unseen` [1, tokens]."""
-        if name == BASE:
+        """log pi(. | x, y_<t) [vocabulary] of an objective's policy, the reference or the base; `cache` has what precedes `unseen`
+        [1, tokens]."""
+        model = self._plain if name == BASE else self.model
+        if name in (BASE, REFERENCE):
             adapter = self.model.disable_adapter()
         else:
             adapter = nullcontext()
             self.model.set_adapter(name)
         with adapter:
-            return torch.log_softmax(self.model(input_ids=unseen, past_key_values=cache).logits[0, -1], dim=-1)
+            return torch.log_softmax(model(input_ids=unseen, past_key_values=cache).logits[0, -1], dim=-1)
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The base without any adapter. With a reference in the weights it is another model, loaded when it is first asked for: to
+        take the reference out again would leave its rounding in them."""
+        if self._reference is None:
+            return self.model
+        return AutoModelForCausalLM.from_pretrained(self._base, dtype=torch.float32).eval().to(self.model.device)

@@ -2,6 +2,7 @@
 the rule that mixes them.
 
 Modes are only coefficients: MOD has one entry per policy, a soup one entry with all coefficients, the base one entry without any.
+The reference of a set, which its policies lie on top of, is no matter of coefficients: each entry that names the set has it.
 This form crosses from the HTTP layer (or the offline class) to vLLM's worker; neither side knows of the other.
 """
 
@@ -15,7 +16,18 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sipo.errors import InvalidRequest
-from sipo.preferences import BASE, MOD, SOUP, Weights, is_finite_number, normalize_weights, one_hot_weights, uniform_weights
+from sipo.preferences import (
+    BASE,
+    MOD,
+    MODES,
+    REFERENCE,
+    SOUP,
+    Weights,
+    is_finite_number,
+    normalize_weights,
+    one_hot_weights,
+    uniform_weights,
+)
 
 EXTRA_ARG = "sipo"
 """The key in vLLM's SamplingParams.extra_args (vllm_xargs in HTTP bodies) under which a Mixture travels, as JSON."""
@@ -28,9 +40,9 @@ LINEAR: MixingRule = "linear"
 
 
 class Entry(BaseModel):
-    """What one slot computes: the base plus sum_i coefficient_i · delta_i over the adapters of a resident set, in the set's order.
+    """What one slot computes: the reference of a resident set plus sum_i coefficient_i · delta_i over its policies, in their order.
 
-    No coefficients means the plain base; `policy_set` is empty then.
+    An empty `policy_set` means the plain base; there are no coefficients then.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,8 +58,8 @@ class Mixture(BaseModel):
     {"entries": [{"policy_set": "demo:1-3fa9", "coefficients": [1, 0], "weight": 0.7},
                  {"policy_set": "demo:1-3fa9", "coefficients": [0, 1], "weight": 0.3}]}
 
-    With the rule "jensen_shannon" the first entry is the reference, of weight 0; only "linear" may have negative weights, and
-    any sum.
+    With the rule "jensen_shannon" the first entry is the set's reference, of weight 0; only "linear" may have negative weights,
+    and any sum.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,14 +114,19 @@ def normalized_mixture(
 ) -> tuple[Mixture, Weights]:
     """A mode's entries over one set, and the weights in effect (uniform where none are given, one-hot for a single policy).
 
-    `mode` is "mod", "soup" (the exact weighted sum of the deltas), or an objective's name for its policy alone; `rule` says how MOD
-    mixes (sipo.decoding.mixing), `alpha` belongs to "alpha_divergence". Raises InvalidRequest for an unknown mode or rule, and for
-    what the mode has no use for.
+    `mode` is "mod", "soup" (the exact weighted sum of the deltas), an objective's name for its policy alone, or "reference" for the
+    set's reference alone, which has no weights; `rule` says how MOD mixes (sipo.decoding.mixing), `alpha` belongs to
+    "alpha_divergence". Raises InvalidRequest for an unknown mode or rule, and for what the mode has no use for.
     """
     _check_mixing(mode, rule, alpha)
+    if mode == REFERENCE:
+        if weights is not None:
+            message = "mode 'reference' has no policies to weigh: leave out preference_weights"
+            raise InvalidRequest(message, param="preference_weights")
+        return Mixture(entries=(reference_entry(policy_set, objectives, 1.0),)), {}
     if mode not in (MOD, SOUP):
         if mode not in objectives:
-            known = ", ".join(repr(name) for name in (MOD, SOUP, BASE, *objectives))
+            known = ", ".join(repr(name) for name in (*MODES, *objectives))
             raise InvalidRequest(f"unknown mode {mode!r}: this policy set has {known}", param="mode")
         if weights is not None:
             raise InvalidRequest(f"mode {mode!r} is a single policy: leave out preference_weights", param="preference_weights")
@@ -118,7 +135,7 @@ def normalized_mixture(
     if mode == MOD:
         entries = [policy_entry(policy_set, objectives, name, weight) for name, weight in effective.items()]
         if rule == "jensen_shannon":
-            entries.insert(0, Entry(weight=0.0))
+            entries.insert(0, reference_entry(policy_set, objectives, 0.0))
     else:
         entries = [Entry(policy_set=policy_set, coefficients=tuple(effective.values()), weight=1.0)]
     return Mixture.model_validate({"entries": entries, "rule": rule, "alpha": alpha}), effective
@@ -129,17 +146,28 @@ def policy_entry(policy_set: str, objectives: Sequence[str], objective: str, wei
     return Entry(policy_set=policy_set, coefficients=tuple(one_hot_weights(objective, objectives).values()), weight=weight)
 
 
+def reference_entry(policy_set: str, objectives: Sequence[str], weight: float) -> Entry:
+    """The reference of a resident set alone: the base, for a set without an adapter of its own for it."""
+    return Entry(policy_set=policy_set, coefficients=(0.0,) * len(objectives), weight=weight)
+
+
+def model_entry(policy_set: str, objectives: Sequence[str], name: str, weight: float) -> Entry:
+    """A model of linear mixing by the name that it has there: the base, the set's reference, or one of its policies."""
+    if name == BASE:
+        return Entry(weight=weight)
+    if name == REFERENCE:
+        return reference_entry(policy_set, objectives, weight)
+    return policy_entry(policy_set, objectives, name, weight)
+
+
 def linear_mixture(policy_set: str, objectives: Sequence[str], coefficients: Mapping[str, float]) -> Mixture:
-    """Linear mixing over the base and the policies of one set. Raises InvalidRequest for an unknown model or no finite number."""
+    """Linear mixing over the base, the reference and the policies of one set. Raises InvalidRequest for an unknown model or no
+    finite number."""
     check_coefficients(coefficients, math.inf)
-    if unknown := sorted(coefficients.keys() - {BASE, *objectives}):
-        raise InvalidRequest(
-            f"unknown model {unknown[0]!r}: coefficients are for {BASE}, {', '.join(objectives)}", param="coefficients"
-        )
-    entries = [
-        Entry(weight=coefficient) if name == BASE else policy_entry(policy_set, objectives, name, coefficient)
-        for name, coefficient in coefficients.items()
-    ]
+    models = (BASE, REFERENCE, *objectives)
+    if unknown := sorted(coefficients.keys() - set(models)):
+        raise InvalidRequest(f"unknown model {unknown[0]!r}: coefficients are for {', '.join(models)}", param="coefficients")
+    entries = [model_entry(policy_set, objectives, name, coefficient) for name, coefficient in coefficients.items()]
     return Mixture(entries=tuple(entries), rule=LINEAR)
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sipo.errors import InvalidRequest
 from sipo.evaluation.folder import ANSWERS, EvaluationFolder
-from sipo.evaluation.methods import Method
+from sipo.evaluation.methods import Adapter, Method
 from sipo.evaluation.plan import Plan
-from sipo.preferences import BASE, MOD, SOUP, Weights, format_weights, one_hot_weights
+from sipo.evaluation.report import Kind
+from sipo.preferences import BASE, MOD, REFERENCE, SOUP, Weights, format_weights, one_hot_weights
 from sipo.record import Record
 from sipo.words import counted
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 CHUNK = 32
 """Prompts in one batch, each with all weights: what a killed evaluation loses at the most."""
 GREEDY = 0.0
+MODE_OF: Mapping[Kind, str] = {"base": BASE, "reference": REFERENCE, "mod": MOD, "soup": SOUP, "models": SOUP}
 
 Tell = Callable[[str, int, int], None]
 """Hears of a stage, such as "answers of demo": how many prompts are done, and how many there are."""
@@ -60,21 +62,24 @@ class OpenDecoder(Protocol):
     """Starts an engine over a base and adapters."""
 
     def __call__(
-        self, model: Path, policies: Mapping[str, Path], *, slots: int, ranks: int, max_model_len: int
+        self, model: Path, policies: Mapping[str, Path], *, reference: Path | None, slots: int, ranks: int, max_model_len: int
     ) -> AbstractContextManager[Decoder]: ...
 
 
 def open_offline(
-    model: Path, policies: Mapping[str, Path], *, slots: int, ranks: int, max_model_len: int
+    model: Path, policies: Mapping[str, Path], *, reference: Path | None, slots: int, ranks: int, max_model_len: int
 ) -> AbstractContextManager[Any]:
     from sipo.decoding import OfflineDecoder  # with torch, which takes seconds to import
 
-    return OfflineDecoder(model, policies, slots=slots, ranks=ranks, max_model_len=max_model_len, use_tqdm_on_load=False)
+    return OfflineDecoder(
+        model, policies, reference=reference, slots=slots, ranks=ranks, max_model_len=max_model_len, use_tqdm_on_load=False
+    )
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Methods that one engine answers for: of one base, and of one set of adapters but for those of the base alone."""
+    """Methods that one engine answers for: of one base, one reference and one set of adapters, but for those of the base or of the
+    reference alone."""
 
     methods: Sequence[Method]
 
@@ -84,26 +89,37 @@ class Engine:
         return {name: adapter.folder for name, adapter in method.adapters.items()}
 
     @property
+    def reference(self) -> Path | None:
+        return next((method.reference.folder for method in self.methods if method.reference is not None), None)
+
+    @property
     def base(self) -> Path:
         return self.methods[0].base.folder
 
     @property
     def ranks(self) -> int:
         """Of all adapters together: an engine for a GPU makes room for so many, and computes them all in every step."""
-        return max(1, *(sum(adapter.rank for adapter in method.adapters.values()) for method in self.methods))
+        return max(1, *(sum(adapter.rank for adapter in _all_adapters(method)) for method in self.methods))
 
     @property
     def slots(self) -> int:
         return max(method.slots for method in self.methods)
 
 
+def _all_adapters(method: Method) -> list[Adapter]:
+    return [*method.adapters.values(), *([] if method.reference is None else [method.reference])]
+
+
 def engines(methods: Sequence[Method]) -> list[Engine]:
     """As few as may be."""
-    by_adapters: dict[tuple[str, ...], list[Method]] = {}
-    for method in sorted(methods, key=lambda method: not method.adapters):  # the base alone joins one that is there anyway
-        key = (method.base.ref.sha256, *(adapter.sha256 for adapter in method.adapters.values()))
+    by_adapters: dict[tuple[str | None, ...], list[Method]] = {}
+    # A reference alone joins an engine that has it anyway, and the base alone joins any.
+    for method in sorted(methods, key=lambda method: (not method.adapters, method.kind == "base")):
+        reference = None if method.reference is None else method.reference.sha256
+        key = (method.base.ref.sha256, reference, *(adapter.sha256 for adapter in method.adapters.values()))
         if not method.adapters:
-            key = next((other for other in by_adapters if other[0] == key[0]), key)
+            needed = key[:1] if method.kind == "base" else key
+            key = next((other for other in by_adapters if other[: len(needed)] == needed), key)
         by_adapters.setdefault(key, []).append(method)
     return [Engine(together) for together in by_adapters.values()]
 
@@ -142,7 +158,12 @@ def generate(
         tell(_stage(pending[0]), len(done[pending[0].name]) // len(pending[0].points), len(plan.prompts))  # starting takes a minute
         longest = max(len(tokens) for method in engine.methods for tokens in ids[method.name])
         with open_decoder(
-            engine.base, engine.adapters, slots=engine.slots, ranks=engine.ranks, max_model_len=longest + plan.max_tokens
+            engine.base,
+            engine.adapters,
+            reference=engine.reference,
+            slots=engine.slots,
+            ranks=engine.ranks,
+            max_model_len=longest + plan.max_tokens,
         ) as decoder:
             for method in pending:
                 stage, rows = _stage(method), folder.rows(ANSWERS, method.name, Answer)
@@ -167,7 +188,7 @@ def _chunk(plan: Plan, method: Method, ids: Sequence[Sequence[int]], prompts: It
     responses = decoder.generate(
         [ids[index] for index, _ in asked],
         _coefficients(method, [point for _, point in asked]),
-        mode={"base": BASE, "mod": MOD}.get(method.kind, SOUP),
+        mode=MODE_OF[method.kind],
         temperature=GREEDY,
         max_tokens=plan.max_tokens,
     )

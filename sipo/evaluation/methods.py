@@ -2,17 +2,18 @@
 
     base                  the base model alone                 base:FOLDER              another base
     mod:SET               the set's policies mixed             soup:SET                 the set's policies merged
-    models:FILE.yaml      a model of its own for each weight
+    reference:SET         what they were aligned from, alone   models:FILE.yaml         a model of its own for each weight
 
 SET is NAME or NAME:VERSION of the store, or a folder with an adapter for each objective in it, such as `sipo train` leaves.
-@FOLDER behind it names the base of adapters that belong to another one.
+@FOLDER behind it names the base of adapters that belong to another one. The reference of a folder's adapters is what their runs
+were trained on top of; without runs it is the adapter in FOLDER/_reference, or the base.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -23,16 +24,16 @@ from sipo.errors import IncompatiblePolicy, InvalidRequest, NotFound
 from sipo.evaluation.report import Kind
 from sipo.files import expanded
 from sipo.models import Base, model_sha256
-from sipo.policies import POLICY_NAME, SET_VERSION, PolicySet, adapter_sha256
+from sipo.policies import POLICY_NAME, REFERENCE, SET_VERSION, PolicySet, adapter_sha256
 from sipo.preferences import Weights, format_weights, normalize_weights
 from sipo.prompts import PromptFormat
 from sipo.record import Record
-from sipo.training.run_folder import ADAPTER, RunFolder
+from sipo.training.run_folder import ADAPTER, RunFolder, reference_of
 from sipo.validation import explain
 
 METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """It names a file, too."""
-FORMS = "base[:FOLDER], mod:SET, soup:SET or models:FILE.yaml, and @FOLDER behind it for another base than SIPO_MODEL"
+FORMS = "base[:FOLDER], reference:SET, mod:SET, soup:SET or models:FILE.yaml, and @FOLDER behind it if its base is not SIPO_MODEL"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Method:
-    """`points`: the weights at which it answers, or None alone for the base. `adapters` are by objective; of `models` by the
-    weights (format_weights) that each is for. `trained`: the prompts that adapters were trained on, by folder, where these tell."""
+    """`points`: the weights at which it answers, or None alone for base and reference. `adapters` are by objective; of `models` by
+    the weights (format_weights) that each is for. `reference`: the adapter below all of them, None for the base itself. `trained`:
+    the prompts that adapters were trained on, by folder, where these tell."""
 
     name: str
     kind: Kind
@@ -63,6 +65,7 @@ class Method:
     prompt_format: PromptFormat
     points: Sequence[Weights | None]
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    reference: Adapter | None = None
     trained: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
 
     @property
@@ -72,7 +75,7 @@ class Method:
 
     def identity(self) -> dict[str, object]:
         """All that its answers depend on, wherever the files lie."""
-        return {
+        identity: dict[str, object] = {
             "name": self.name,
             "kind": self.kind,
             "base": self.base.ref.sha256,
@@ -80,6 +83,9 @@ class Method:
             "points": list(self.points),
             "adapters": {name: adapter.sha256 for name, adapter in self.adapters.items()},
         }
+        if self.reference is not None:  # else left out: evaluations begun before there were references go on
+            identity["reference"] = self.reference.sha256
+        return identity
 
 
 class WeightedModel(Record):
@@ -87,6 +93,15 @@ class WeightedModel(Record):
 
     weights: Weights
     adapter: Path
+
+
+@dataclass(frozen=True)
+class _Found:
+    """PEFT folders, by objective or by weights, and the reference below them, if it is not the base."""
+
+    folders: Mapping[str, Path]
+    reference: Adapter | None
+    prompt_format: PromptFormat
 
 
 @dataclass(frozen=True)
@@ -123,17 +138,21 @@ class Methods:
     def _soup(self, name: str, source: str) -> Method:
         return self._of_set(name, "soup", source)
 
-    def _of_set(self, name: str, kind: Kind, source: str) -> Method:
-        reference, base = self._with_base(source)
-        folders, prompt_format = (
-            self._published(reference, base) if _names_set(reference) else self._in_folder(expanded(reference), base)
-        )
-        adapters = {objective: Adapter.open(folder, base) for objective, folder in folders.items()}
-        trained = _trained(folders.values())
-        return Method(name, kind, reference, base, prompt_format, self.weights, adapters, trained)
+    def _reference(self, name: str, source: str) -> Method:
+        return replace(self._of_set(name, "reference", source), points=[None], adapters={}, trained={})
 
-    def _published(self, reference: str, base: Base) -> tuple[dict[str, Path], PromptFormat]:
-        chosen = self.get_set(reference)
+    def _of_set(self, name: str, kind: Kind, source: str) -> Method:
+        named, base = self._with_base(source)
+        found = self._published(named, base) if _names_set(named) else self._in_folder(expanded(named), base)
+        return self._method(name, kind, named, base, found, points=self.weights)
+
+    def _method(self, name: str, kind: Kind, source: str, base: Base, found: _Found, *, points: Sequence[Weights]) -> Method:
+        adapters = {key: Adapter.open(folder, base) for key, folder in found.folders.items()}
+        trained = _trained(found.folders.values())
+        return Method(name, kind, source, base, found.prompt_format, points, adapters, found.reference, trained)
+
+    def _published(self, named: str, base: Base) -> _Found:
+        chosen = self.get_set(named)
         if sorted(chosen.objectives) != sorted(self.objectives):
             raise InvalidRequest(
                 f"{chosen.id} has policies for {', '.join(chosen.objectives)}, and there are judges of "
@@ -144,17 +163,21 @@ class Methods:
         if known.sha256 != base.ref.sha256:
             raise IncompatiblePolicy(
                 f"{chosen.id} was trained on {known.name} ({known.sha256[:12]}), not on {base.ref.name} ({base.ref.sha256[:12]}): "
-                f"write {reference}@FOLDER with the folder of its base",
+                f"write {named}@FOLDER with the folder of its base",
                 param="method",
             )
         chosen.verify()
         prompt_format = chosen.manifest.prompt_format
         prompt_format.check(base.tokenizer)
-        return {objective: chosen.adapter_dir(objective) for objective in self.objectives}, prompt_format
+        folders = {objective: chosen.adapter_dir(objective) for objective in self.objectives}
+        reference = chosen.reference_dir
+        return _Found(folders, None if reference is None else Adapter.open(reference, base), prompt_format)
 
-    def _in_folder(self, folder: Path, base: Base) -> tuple[dict[str, Path], PromptFormat]:
-        folders = {objective: _adapter_in(folder / objective) for objective in self.objectives}
-        return folders, self._prompt_format(folders.values(), base)
+    def _in_folder(self, folder: Path, base: Base) -> _Found:
+        found = self._trained_adapters({objective: _adapter_in(folder / objective) for objective in self.objectives}, base)
+        if (folder / REFERENCE).is_dir() and not _runs(found.folders.values()):
+            return replace(found, reference=Adapter.open(_adapter_in(folder / REFERENCE), base))
+        return found
 
     def _models(self, name: str, source: str) -> Method:
         text, base = self._with_base(source)
@@ -171,14 +194,13 @@ class Methods:
                 "compare at as many weights each",
                 param="weights",
             )
-        adapters = {key: Adapter.open(folder, base) for key, folder in folders.items()}
-        prompt_format = self._prompt_format(folders.values(), base)
-        return Method(name, "models", text, base, prompt_format, weights, adapters, _trained(folders.values()))
+        return self._method(name, "models", text, base, self._trained_adapters(folders, base), points=weights)
 
-    def _prompt_format(self, adapters: Iterable[Path], base: Base) -> PromptFormat:
-        """That of the runs that trained the adapters, where there are such; else the natural one of the base. Raises
-        IncompatiblePolicy where a run's base is another one: of the same shape, its adapters would answer, and wrongly."""
-        runs = [run.run() for run in _runs(adapters)]
+    def _trained_adapters(self, folders: Mapping[str, Path], base: Base) -> _Found:
+        """The reference and the prompt format are those of the runs that trained the adapters, where there are such; else the base
+        and its natural one. Raises IncompatiblePolicy where a run's base is another one: of the same shape, its adapters would
+        answer, and wrongly. Raises as reference_of does."""
+        runs = [run.run() for run in _runs(folders.values())]
         for run in runs:
             if run.base.is_dir() and model_sha256(run.base, self.cache_dir) != base.ref.sha256:
                 raise IncompatiblePolicy(
@@ -188,7 +210,8 @@ class Methods:
         if len(formats) > 1:
             raise IncompatiblePolicy("its adapters were trained with different prompt formats: train them with one", param="method")
         formats[0].check(base.tokenizer)
-        return formats[0]
+        reference = reference_of(*runs) if runs else None
+        return _Found(folders, None if reference is None else Adapter.open(reference, base), formats[0])
 
     def _with_base(self, source: str) -> tuple[str, Base]:
         """What stands before the last @, and the base that stands behind it."""
@@ -212,6 +235,7 @@ class Methods:
 
 KINDS: Mapping[str, Callable[[Methods, str, str], Method]] = {
     "base": Methods._base,
+    "reference": Methods._reference,
     "mod": Methods._mod,
     "soup": Methods._soup,
     "models": Methods._models,

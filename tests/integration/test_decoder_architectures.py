@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from sipo.decoding.reference import ReferenceDecoder
-from sipo.decoding.request import Entry, MixingRule, Mixture, base_mixture, mixture, policy_entry
+from sipo.decoding.request import MixingRule, Mixture, base_mixture, linear_mixture, mixture
+from sipo.decoding.vllm.offline import POLICIES
 from sipo.lora import ADAPTABLE_MODULES, load_adapter
 from sipo.preferences import Weights
 
@@ -60,6 +61,12 @@ MOD: list[Weights] = [{"a": w, "b": 1 - w} for w in (1.0, 0.0, 0.5, 0.3)]
 RULES: list[tuple[MixingRule, float | None]] = [("forward_kl", None), ("jensen_shannon", None), ("alpha_divergence", 0.4)]
 LINEAR_COEFFICIENTS = [{"base": 1.0, "a": 1.5, "b": -0.5}, {"base": -0.5, "b": 1.2}, {"a": 2.0}]
 
+ON_A_REFERENCE: list[tuple[Weights, MixingRule]] = [
+    *((weights, "reverse_kl") for weights in MOD[1:3]),
+    (MOD[2], "jensen_shannon"),
+    ({"base": -0.5, "reference": 0.7, "b": 0.8}, "linear"),
+]
+
 SOUPS: list[Weights] = [{"a": 0.3, "b": 0.7}, {"a": 0.6, "b": 0.4}]
 BLOCKS = 40
 """Of the key-value cache: too few for all requests at once, so some are preempted and computed again."""
@@ -74,10 +81,10 @@ from sipo.decoding.request import Mixture
 for base, options, prompts, mixtures, tokens, blocks, texts in json.load(sys.stdin):
     policies = {name: Path(base, name) for name in "ab"}
     with OfflineDecoder(
-        base, policies, slots=3, dtype="float32", max_model_len=128, threads=1, num_gpu_blocks_override=blocks,
-        disable_log_stats=False, **options,
+        base, policies, reference=Path(base, "reference"), slots=3, dtype="float32", max_model_len=128, threads=1,
+        num_gpu_blocks_override=blocks, disable_log_stats=False, **options,
     ) as decoder:
-        # The set that the mixtures name is a later one, beside others and where another was.
+        # The set that most mixtures name has no reference, and is a later one, beside the first and where another was.
         decoder.load("short-lived", {"b": policies["b"]})
         decoder.load("set", policies)
         decoder.unload("short-lived")
@@ -98,7 +105,8 @@ Answer = Callable[[list[int]], list[int]]
 
 
 class Model:
-    """A random base with two random adapters on disk, and every mixture of them with what the reference makes of a prompt."""
+    """A random base with two random adapters and another one as their reference on disk, and every mixture of them, on it or not,
+    with what the exact decoder makes of a prompt."""
 
     def __init__(self, architecture: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         self.model_class, config_class, own = ARCHITECTURES[architecture]
@@ -108,8 +116,12 @@ class Model:
         # Different ranks and scalings, and one adapter leaves out some layers that the other has.
         self._adapter("a", LoraConfig(r=3, lora_alpha=6, target_modules=list(ADAPTABLE_MODULES)))
         self._adapter("b", LoraConfig(r=5, lora_alpha=10, target_modules=["q_proj", "o_proj", "up_proj"], use_rslora=True))
+        self._adapter("reference", LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"]))
         self.adapters = {name: folder / name for name in OBJECTIVES}
-        self.reference = ReferenceDecoder(folder, self.adapters)
+        self.references = {"set": None, POLICIES: folder / "reference"}
+        self.exact = {
+            name: ReferenceDecoder(folder, self.adapters, reference=reference) for name, reference in self.references.items()
+        }
         self.tokenizer = tokenizer
 
     def _save(self, model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -130,27 +142,39 @@ class Model:
             for weights in MOD[2:]:
                 yield mixture("set", OBJECTIVES, weights, rule=rule, alpha=alpha)[0], self.expected(weights, rule, alpha)
         for coefficients in LINEAR_COEFFICIENTS:
-            entries = tuple(
-                Entry(weight=c) if name == "base" else policy_entry("set", OBJECTIVES, name, c) for name, c in coefficients.items()
-            )
-            yield Mixture(entries=entries, rule="linear"), self.expected(coefficients, "linear")
+            yield linear_mixture("set", OBJECTIVES, coefficients), self.expected(coefficients, "linear")
         for weights in SOUPS:
-            yield mixture("set", OBJECTIVES, weights, mode="soup")[0], self._soup(weights)
+            yield mixture("set", OBJECTIVES, weights, mode="soup")[0], self._soup(weights, "set")
         yield base_mixture(), self.expected({"base": 1.0}, "linear")
+        yield from self._cases_on_a_reference()
 
-    def expected(self, weights: Weights, rule: MixingRule = "reverse_kl", alpha: float | None = None) -> Answer:
-        return lambda prompt: self.reference.generate(prompt, weights, max_tokens=TOKENS, rule=rule, alpha=alpha)
+    def _cases_on_a_reference(self) -> Iterator[tuple[Mixture, Answer]]:
+        for weights, rule in ON_A_REFERENCE:
+            mixed = (
+                linear_mixture(POLICIES, OBJECTIVES, weights)
+                if rule == "linear"
+                else mixture(POLICIES, OBJECTIVES, weights, rule=rule)[0]
+            )
+            yield mixed, self.expected(weights, rule, policy_set=POLICIES)
+        yield mixture(POLICIES, OBJECTIVES, SOUPS[0], mode="soup")[0], self._soup(SOUPS[0], POLICIES)
+        for mode in ("a", "reference"):
+            yield mixture(POLICIES, OBJECTIVES, mode=mode)[0], self.expected({mode: 1.0}, "linear", policy_set=POLICIES)
 
-    def _soup(self, weights: Weights) -> Answer:
-        """The base with the weighted sum of the deltas in its weights."""
+    def expected(
+        self, weights: Weights, rule: MixingRule = "reverse_kl", alpha: float | None = None, *, policy_set: str = "set"
+    ) -> Answer:
+        return lambda prompt: self.exact[policy_set].generate(prompt, weights, max_tokens=TOKENS, rule=rule, alpha=alpha)
+
+    def _soup(self, weights: Weights, policy_set: str) -> Answer:
+        """The base with the weighted sum of the deltas in its weights, which makes the soup of what is the reference without."""
         merged = self.model_class.from_pretrained(self.folder, dtype=torch.float32)
         for name, weight in weights.items():
             for module, (a, b) in load_adapter(self.adapters[name]).modules.items():
                 merged.get_submodule(module).weight.data += weight * b @ a
-        folder = self.folder / f"soup {weights['a']}"
+        folder = self.folder / f"soup {weights['a']} of {policy_set}"
         self._save(merged, folder, self.tokenizer)
-        soup = ReferenceDecoder(folder, self.adapters)
-        return lambda prompt: soup.generate(prompt, {"base": 1.0}, max_tokens=TOKENS, rule="linear")
+        soup = ReferenceDecoder(folder, self.adapters, reference=self.references[policy_set])
+        return lambda prompt: soup.generate(prompt, {"reference": 1.0}, max_tokens=TOKENS, rule="linear")
 
 
 @dataclass
@@ -183,7 +207,9 @@ def runs(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
         prompts = [prompt for prompt, *_ in rows]
         answers = [answer(prompt) for prompt, _, answer in rows]
         texts = zip(*TEXTS, strict=True)
-        responses = [model.expected(weights, "linear")(tiny_tokenizer(text)["input_ids"]) for text, weights in texts]
+        responses = [
+            model.expected(weights, "linear", policy_set=POLICIES)(tiny_tokenizer(text)["input_ids"]) for text, weights in texts
+        ]
         mixtures = [chosen.model_dump_json() for _, chosen, _ in rows]
         for variant in (variant for name, variant in RUNS if name == architecture):
             expected.append((answers, responses))

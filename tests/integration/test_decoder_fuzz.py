@@ -26,7 +26,10 @@ scalars = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.text(max_size=12),
     st.sampled_from(
-        ["base", "mod", "soup", "linear", "jensen_shannon", "warm", "fuzz:1", "fuzz", "../fuzz", "fuzz/warm", "\\u0000"]
+        [
+            *("base", "reference", "mod", "soup", "linear", "jensen_shannon", "warm"),
+            *("fuzz:1", "fuzz", "../fuzz", "fuzz/warm", "\\u0000"),
+        ]
     ),
 )
 anything = st.recursive(
@@ -34,7 +37,7 @@ anything = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
     max_leaves=6,
 )
-weights = st.dictionaries(st.sampled_from(["concise", "warm", "base", "fuzz/warm", "x"]), scalars, max_size=3)
+weights = st.dictionaries(st.sampled_from(["concise", "warm", "base", "reference", "fuzz/warm", "x"]), scalars, max_size=3)
 
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "model": scalars,

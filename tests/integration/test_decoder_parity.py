@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 
 import pytest
 
 from sipo.decoding.reference import ReferenceDecoder
 from sipo.preferences import Weights
-from support.decoder import ServedDecoder
+from support.decoder import ServedDecoder, random_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -89,3 +89,29 @@ async def test_other_modes_in_one_batch_equal_the_reference(parity: Parity) -> N
     )
 
     assert served == [wanted_soup, wanted_base, parity.expected(prompt, WEIGHTS[1]), parity.expected(prompt, weights)]
+
+
+async def test_policies_lie_on_top_of_their_sets_reference(parity: Parity) -> None:
+    """The same policies as those of "parity", which answer beside them, from the base."""
+    decoder, (_, prompt), weights = parity.decoder, parity.prompts, WEIGHTS[3]
+    reference = random_adapter(decoder.base, decoder.workspace / "reference", seed=5, rank=4)
+    decoder.publish("aligned", seed=1, reference=reference)
+    exact = ReferenceDecoder(decoder.base, decoder.adapters(seed=1), reference=reference)
+    linear = {"reference": 2.0, "base": -1.0}
+
+    def ask(**fields: object) -> Coroutine[object, object, list[int]]:
+        return decoder.tokens(prompt, model="aligned", max_tokens=TOKENS, **fields)
+
+    served = await asyncio.gather(
+        ask(preference_weights=weights),
+        ask(mode="reference"),
+        ask(mixing="linear", coefficients=linear),
+        ask(mode="base"),
+        parity.served(prompt, weights),
+    )
+
+    assert served == [
+        exact.generate(prompt, weights, max_tokens=TOKENS),
+        *(exact.generate(prompt, one, max_tokens=TOKENS, rule="linear") for one in ({"reference": 1.0}, linear, {"base": 1.0})),
+        parity.expected(prompt, weights),
+    ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from services.decoder.settings import DecoderSettings
 from sipo.decoding.request import EXTRA_ARG, Mixture
 from sipo.errors import IncompatiblePolicy, InvalidRequest, SipoError, Unavailable
 from sipo.models import model_sha256
-from sipo.policies import AdapterRef, PolicySet, PolicyStore, adapter_sha256
+from sipo.policies import REFERENCE, AdapterRef, PolicySet, PolicyStore, adapter_sha256
 from sipo.prompts import PromptFormat
 from tests.fakes import FakeEngine, client_of, served, write_policy_set
 
@@ -35,19 +36,28 @@ def publish(
     objectives: list[str] = OBJECTIVES,
     base_sha256: str = SHA,
     prompt_format: PromptFormat | None = None,
+    reference: str | None = None,
 ) -> PolicySet:
-    """A current set as far as the decoder's service reads it; its adapters' files have only a name and a hash."""
+    """A current set as far as the decoder's service reads it; its adapters' files have only a name and a hash. `reference` is what
+    those of its reference say."""
     manifest = write_policy_set(store.root, identifier, objectives, current=True, prompt_format=prompt_format)
     folder = store.root / identifier.replace(":", "/")
-    refs = {}
-    for objective in objectives:
-        (folder / objective).mkdir()
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (folder / objective / name).write_text(f"{identifier} {objective}")
-        refs[objective] = AdapterRef(sha256=adapter_sha256(folder / objective), rank=8)
-    base = manifest.base.model_copy(update={"sha256": base_sha256})
-    (folder / "manifest.json").write_text(manifest.model_copy(update={"adapters": refs, "base": base}).model_dump_json())
+    contents = {objective: f"{identifier} {objective}" for objective in objectives}
+    refs = {objective: write_adapter(folder / objective, content) for objective, content in contents.items()}
+    changes = {
+        "adapters": refs,
+        "base": manifest.base.model_copy(update={"sha256": base_sha256}),
+        "reference": write_adapter(folder / REFERENCE, reference) if reference else None,
+    }
+    (folder / "manifest.json").write_text(manifest.model_copy(update=changes).model_dump_json())
     return store.get(identifier)
+
+
+def write_adapter(folder: Path, content: str) -> AdapterRef:
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text(content)
+    return AdapterRef(sha256=adapter_sha256(folder), rank=8)
 
 
 @pytest.fixture
@@ -75,6 +85,7 @@ def test_every_mode_is_a_list_of_coefficients_and_weights(store: PolicyStore) ->
     assert choose(store, model="demo:1") == [((1, 0), 0.5), ((0, 1), 0.5)]
     assert choose(store, model="demo@concise=0.7,warm=0.3", mode="soup") == [((0.7, 0.3), 1)]
     assert choose(store, policy_set="demo", mode="warm") == [((0, 1), 1)]
+    assert choose(store, model="demo", mode="reference") == [((0, 0), 1)]
     assert (
         choose(store, model="demo", mode="base") == choose(store, model="base") == choose(store, model="smollm2-135m") == [((), 1)]
     )
@@ -117,7 +128,12 @@ def test_a_rule_says_how_the_policies_are_mixed(store: PolicyStore) -> None:
     alpha = ask(mixing="alpha_divergence", mixing_alpha=0.5)
     assert (alpha.mixture.rule, alpha.mixture.alpha, alpha.effective["mixing"]) == ("alpha_divergence", 0.5, "alpha_divergence")
     jensen_shannon = ask(mixing="jensen_shannon").mixture
-    assert [(entry.coefficients, entry.weight) for entry in jensen_shannon.entries] == [((), 0), ((1, 0), 0.7), ((0, 1), 0.3)]
+    assert [(entry.coefficients, entry.weight) for entry in jensen_shannon.entries] == [
+        ((0, 0), 0),
+        ((1, 0), 0.7),
+        ((0, 1), 0.3),
+    ]
+    assert {entry.policy_set for entry in jensen_shannon.entries} == {resident_key(store.get("demo"))}
 
 
 def test_linear_mixing_takes_the_base_and_policies_of_any_set(store: PolicyStore) -> None:
@@ -134,6 +150,47 @@ def test_linear_mixing_takes_the_base_and_policies_of_any_set(store: PolicyStore
     assert [policy_set.id for policy_set in choice.policy_sets] == ["demo:1", "other:1"]
     assert choice.effective == {"policy_set": "demo:1", "mixing": "linear", "coefficients": coefficients}
     assert choose(store, slots=3, model="base", mixing="linear", coefficients={"base": 2, "demo/warm": 1}) == [((), 2), ((0, 1), 1)]
+
+
+def test_linear_mixing_takes_the_reference_of_any_set(store: PolicyStore) -> None:
+    demo, other = publish(store, "demo:1"), publish(store, "other:1", reference="tuned")
+    coefficients = {"reference": 1, "warm": 1.5, "other:1/reference": -0.5}
+
+    choice = chooser(store, slots=3).choose(ChoiceFields(model="demo", mixing="linear", coefficients=coefficients))
+
+    assert [(entry.policy_set, entry.coefficients, entry.weight) for entry in choice.mixture.entries] == [
+        (resident_key(demo), (0, 0), 1),
+        (resident_key(demo), (0, 1), 1.5),
+        (resident_key(other), (0, 0), -0.5),
+    ]
+    assert [policy_set.id for policy_set in choice.policy_sets] == ["demo:1", "other:1"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": "base", "mode": "reference"}, "mode 'reference' needs a policy set, and this request names the base model"),
+        ({"model": "demo", "mode": "reference", "preference_weights": WEIGHTS}, "'reference' has no policies to weigh"),
+        ({"model": "demo", "mode": "reference", "mixing": "forward_kl"}, "one model, there is nothing to mix"),
+        ({"model": "demo", "mode": "best"}, "this policy set has 'mod', 'soup', 'base', 'reference', 'concise', 'warm'"),
+        (
+            {"model": "base", "mixing": "linear", "coefficients": {"reference": 1}},
+            "unknown model 'reference': this request names no policy set, and coefficients are for base, NAME:VERSION/OBJECTIVE "
+            "and NAME:VERSION/reference of another set",
+        ),
+        (
+            {"model": "demo", "mixing": "linear", "coefficients": {"kind": 1}},
+            "unknown model 'kind': coefficients are for base, reference, concise, warm, NAME:VERSION/OBJECTIVE and NAME:VERSION/",
+        ),
+        ({"model": "demo", "mixing": "linear", "coefficients": {"demo/base": 1}}, "unknown model 'demo/base'"),
+    ],
+)
+def test_who_asks_for_no_known_reference_hears_what_there_is(store: PolicyStore, fields: dict[str, Any], words: str) -> None:
+    publish(store, "demo:1")
+
+    with pytest.raises(InvalidRequest) as refusal:
+        choose(store, **fields)
+    assert words in refusal.value.message
 
 
 def test_a_set_that_needs_more_slots_says_how_to_start_the_decoder(store: PolicyStore) -> None:
@@ -215,6 +272,7 @@ def test_the_salt_tells_apart_what_keys_and_values_depend_on_and_nothing_else(st
         salt(model="demo", mode="soup"),
         salt(model="demo@concise=1,warm=0", mode="soup"),
         salt(model="demo", mode="warm"),
+        salt(model="demo", mode="reference"),
         salt(model="base"),
     ]
     assert len(set(different)) == len(different)
@@ -234,6 +292,31 @@ async def test_the_set_unused_for_longest_makes_room(store: PolicyStore) -> None
             assert resident_key(policy_set) in engine.loaded
 
     assert engine.loaded == [resident_key(a), resident_key(c)]
+
+
+async def test_the_engine_loads_the_reference_after_the_policies_and_the_sets_key_tells_it(store: PolicyStore) -> None:
+    loaded: list[Mapping[str, Path]] = []
+
+    class Engine(FakeEngine):
+        async def load(self, key: str, adapters: Mapping[str, Path]) -> None:
+            await super().load(key, adapters)
+            loaded.append(adapters)
+
+    keys = []
+    for reference in (None, "tuned", "tuned again"):
+        shutil.rmtree(store.root, ignore_errors=True)
+        policy_set = publish(store, "demo:1", reference=reference)
+        keys.append(resident_key(policy_set))
+        async with ResidentSets(Engine(), 1).lease(policy_set):
+            pass
+
+    assert [list(adapters) for adapters in loaded] == [OBJECTIVES, [*OBJECTIVES, REFERENCE], [*OBJECTIVES, REFERENCE]]
+    assert loaded[-1][REFERENCE] == policy_set.reference_dir
+    assert len(set(keys)) == 3
+    (policy_set.folder / REFERENCE / "adapter_model.safetensors").write_text("other")
+    with pytest.raises(IncompatiblePolicy, match="'_reference' changed after publishing"):
+        async with ResidentSets(Engine(), 1).lease(policy_set):
+            pass
 
 
 async def test_a_newcomer_does_not_wait_for_answers_on_older_sets_to_end(store: PolicyStore) -> None:
@@ -349,6 +432,18 @@ async def test_the_engine_gets_the_mixture_and_not_our_fields(client: httpx.Asyn
     assert seen.pop("model") != "demo"
     assert seen == {"prompt": "Hi", "top_p": 0.9, "vllm_xargs": {}}
     assert (reply["model"], reply["policy_set"], reply["preference_weights"]) == ("demo", "demo:1", WEIGHTS)
+
+
+async def test_a_sets_reference_answers_alone_and_has_no_weights(client: httpx.AsyncClient) -> None:
+    reply = (await client.post("/v1/completions", json={"model": "demo", "mode": "reference", "prompt": "Hi"})).json()
+    refused = await client.post(
+        "/v1/completions", json={"model": "base", "mixing": "linear", "coefficients": {"reference": 1}, "prompt": "Hi"}
+    )
+
+    [entry] = Mixture.model_validate_json(reply["seen"]["vllm_xargs"][EXTRA_ARG]).entries
+    assert (entry.coefficients, entry.weight) == ((0, 0), 1)
+    assert (reply["policy_set"], reply["preference_weights"]) == ("demo:1", {})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "coefficients")
 
 
 async def test_every_event_of_a_stream_is_annotated(client: httpx.AsyncClient) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sipo.errors import Conflict, InvalidRequest
-from sipo.evaluation.answers import CHUNK, Answer, generate, prompt_ids
+from sipo.evaluation.answers import CHUNK, Answer, engines, generate, prompt_ids
 from sipo.evaluation.folder import EvaluationFolder
 from sipo.evaluation.plan import Plan
 from tests.evaluation import FakeEngine, method_of, plan_of, silent
@@ -30,8 +30,8 @@ def test_methods_of_the_same_adapters_share_an_engine_and_the_base_joins_one(tin
     demo = {"concise": Path("demo/concise"), "warm": Path("demo/warm")}
     models = {key: Path("lw", key) for key in ("concise=0,warm=1", "concise=0.5,warm=0.5", "concise=1,warm=0")}
     assert engine.started == [
-        {"model": tiny_base, "policies": demo, "slots": 2, "ranks": 5, "max_model_len": longest},
-        {"model": tiny_base, "policies": models, "slots": 1, "ranks": 9, "max_model_len": longest},
+        {"model": tiny_base, "policies": demo, "reference": None, "slots": 2, "ranks": 5, "max_model_len": longest},
+        {"model": tiny_base, "policies": models, "reference": None, "slots": 1, "ranks": 9, "max_model_len": longest},
     ]
     assert [answer.text for answer in answers["base"]] == ["base  11"] * 2
     for kind in ("mod", "soup"):
@@ -42,6 +42,30 @@ def test_methods_of_the_same_adapters_share_an_engine_and_the_base_joins_one(tin
     assert answers["mod"][4] == Answer(
         prompt=1, weights={"concise": 0.5, "warm": 0.5}, text=answers["mod"][4].text, tokens=5, finish_reason="stop"
     )
+
+
+def test_an_engine_has_one_reference_which_answers_alone_there_and_the_base_joins_any(tiny_base: Path, tmp_path: Path) -> None:
+    methods = [
+        method_of(tiny_base, "base"),
+        method_of(tiny_base, "reference", reference="tuned"),
+        method_of(tiny_base, "reference", "own", reference="other"),
+        method_of(tiny_base, "reference", "none"),
+        method_of(tiny_base, "mod", reference="tuned"),
+        method_of(tiny_base, "soup", reference="tuned"),
+        method_of(tiny_base, "soup", "plain"),
+    ]
+    engine = FakeEngine()
+    answers = generated(plan_of(methods, prompts=2), tmp_path / "out", engine)
+
+    grouped = [[method.name for method in one.methods] for one in engines(methods)]
+    assert grouped == [["mod", "soup", "reference", "base"], ["plain", "none"], ["own"]]
+    assert [(one["reference"], len(one["policies"]), one["slots"], one["ranks"]) for one in engine.started] == [
+        (Path("tuned"), 2, 2, 2 + 3 + 4),
+        (None, 2, 1, 2 + 3),
+        (Path("other"), 0, 1, 4),
+    ]
+    for name in ("reference", "own", "none"):
+        assert [(answer.weights, answer.text) for answer in answers[name]] == [(None, "reference  11")] * 2
 
 
 def test_the_base_alone_has_an_engine_without_adapters(tiny_base: Path, tmp_path: Path) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, NotFound, SipoError
-from sipo.evaluation.methods import Method, Methods
+from sipo.evaluation.methods import Adapter, Method, Methods
 from sipo.evaluation.plan import points_of
 from sipo.models import BaseModelRef, model_sha256
 from sipo.policies import Draft, PolicyStore, adapter_sha256
@@ -151,6 +152,54 @@ def test_policies_of_another_base_are_refused_by_the_set_and_by_the_run_that_mad
     assert method.trained == {str(folder): ["What?"] for folder in trained}
 
 
+def test_a_set_answers_on_its_reference_and_so_does_the_reference_alone(
+    opened: Open, store: PolicyStore, adapters: Path, tiny_base: Path
+) -> None:
+    demo = store.get("demo")
+    tuned = store.publish(
+        Draft(name="tuned", base=demo.manifest.base, prompt_format=RAW, objectives=demo.objectives, beta=0.1),
+        {objective: demo.adapter_dir(objective) for objective in demo.objectives},
+        tiny_base,
+        reference=write_adapter(adapters / "sft"),
+        activate=True,
+    )
+    assert tuned.manifest.reference is not None and tuned.reference_dir is not None
+    reference = Adapter(tuned.reference_dir, tuned.manifest.reference.sha256, rank=4)
+
+    mixed, alone, plain = opened("a=mod:tuned"), opened("a=reference:tuned"), opened("a=mod:demo")
+    assert (mixed.reference, mixed.identity()["reference"], mixed.slots) == (reference, reference.sha256, 2)
+    assert (alone.reference, alone.points, alone.adapters, alone.slots) == (reference, [None], {}, 1)
+    assert (alone.kind, alone.prompt_format, alone.source) == ("reference", RAW, "tuned")
+    assert plain.reference is None and "reference" not in plain.identity()
+    assert opened("a=reference:demo").reference is None
+    assert {**mixed.identity(), "reference": None} == {**plain.identity(), "reference": None}
+
+
+def test_adapters_of_a_folder_lie_on_the_one_beside_them(opened: Open, adapters: Path) -> None:
+    sft = write_adapter(adapters / "_reference")
+    for spec in (f"a=mod:{adapters}", f"a=soup:{adapters}", f"a=reference:{adapters}"):
+        assert opened(spec).reference == Adapter(sft, adapter_sha256(sft), rank=4)
+
+
+def test_runs_say_what_their_adapters_lie_on(opened: Open, adapters: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Not a folder beside them, which may be there for something else."""
+    first, second = (write_adapter(tmp_path / name) for name in ("first", "second"))
+    copy = shutil.copytree(first, tmp_path / "copy")
+    same, none, mixed = tmp_path / "same", tmp_path / "none", tmp_path / "mixed"
+    _trained(same, adapters, tiny_base, {"concise": first, "warm": copy})
+    _trained(none, adapters, tiny_base)
+    _trained(mixed, adapters, tiny_base, {"concise": first, "warm": second})
+    write_adapter(none / "_reference")
+
+    assert opened(f"a=mod:{same}").reference == Adapter(first, adapter_sha256(first), rank=4)
+    assert opened(f"a=mod:{none}").reference is None
+    with pytest.raises(InvalidRequest, match=r"the method a: .*these runs have different ones"):
+        opened(f"a=mod:{mixed}")
+    shutil.rmtree(first)
+    with pytest.raises(NotFound, match=f"the method a: the reference's adapter {first} is not there any more"):
+        opened(f"a=mod:{same}")
+
+
 def test_judges_must_be_of_the_sets_objectives(tiny_base: Path, tmp_path: Path, store: PolicyStore) -> None:
     objectives = ["concise", "loud"]
     methods = Methods(str(tiny_base), tmp_path / "cache", store.get, objectives, points_of(objectives, []))
@@ -158,11 +207,20 @@ def test_judges_must_be_of_the_sets_objectives(tiny_base: Path, tmp_path: Path, 
         methods.open("a=mod:demo")
 
 
-def _trained(runs: Path, adapters: Path, base: Path) -> list[Path]:
-    """The folders of `sipo train`, one for each objective."""
+def _trained(runs: Path, adapters: Path, base: Path, references: Mapping[str, Path] = MappingProxyType({})) -> list[Path]:
+    """The folders of `sipo train`, one for each objective, on top of the `references` by objective."""
     folders = [RunFolder(runs / objective) for objective in OBJECTIVES]
     for folder in folders:
-        run = TrainRun(objective=folder.path.name, base=base, base_name="tuned", prompt_format=RAW, settings=TrainSettings())
+        reference = references.get(folder.path.name)
+        run = TrainRun(
+            objective=folder.path.name,
+            base=base,
+            base_name="tuned",
+            reference=reference,
+            reference_sha256=None if reference is None else adapter_sha256(reference),
+            prompt_format=RAW,
+            settings=TrainSettings(),
+        )
         folder.prepare(run, [TrainingPair(prompt="What?", chosen="a", rejected="b")])
         shutil.copytree(adapters / folder.path.name, folder.adapter)
     return [folder.path for folder in folders]

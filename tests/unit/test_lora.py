@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sipo.lora import LoraAdapter, load_adapter, stack
+from sipo.errors import IncompatiblePolicy
+from sipo.lora import LoraAdapter, load_adapter, merge, stack
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -69,3 +71,32 @@ def test_a_module_that_only_one_adapter_changes_has_rank_zero_for_the_other(tmp_
     assert stacked.ranks == (0, 2)
     assert stacked.expand(torch.tensor([[5.0, 1.0]])).tolist() == [[1.0, 1.0]]
     assert stack([first], DOWN) is None
+
+
+def test_a_merged_model_is_pefts_and_another_one_is_left_alone(tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, 1, r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+    model = tiny_llama()
+    merge(model, adapter)
+    wanted = PeftModel.from_pretrained(tiny_llama(), tmp_path).merge_and_unload().state_dict()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, wanted[name], atol=1e-5, rtol=1e-5)
+
+    in_half = tiny_llama().bfloat16()
+    merge(in_half, adapter)
+    assert torch.equal(
+        in_half.get_submodule(Q).weight, (tiny_llama().bfloat16().get_submodule(Q).weight.float() + delta(adapter, Q)).bfloat16()
+    )
+
+    with pytest.raises(
+        IncompatiblePolicy, match="shape \\[16, 24\\], and the model has None there: it was trained on another base"
+    ):
+        merge(
+            other := tiny_llama().model.layers[0],
+            LoraAdapter({"self_attn.q_proj": adapter.modules[Q], "down_proj": adapter.modules[DOWN]}),
+        )
+    assert torch.equal(other.self_attn.q_proj.weight, tiny_llama().get_submodule(Q).weight)
+
+
+def delta(adapter: LoraAdapter, module: str) -> Tensor:
+    a, b = adapter.modules[module]
+    return b @ a

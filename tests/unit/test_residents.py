@@ -17,14 +17,14 @@ COLUMNS = 7
 ROWS = 8
 
 
-def resident(*ranks: int, layers: tuple[str, ...] = tuple(SHAPES)) -> ResidentSet:
+def resident(*ranks: int, layers: tuple[str, ...] = tuple(SHAPES), has_reference: bool = False) -> ResidentSet:
     total = sum(ranks)
     deltas = {}
     for name in layers:
         inputs, outputs, parts = SHAPES[name]
         blocks = [torch.randn(total, outputs // parts) for _ in range(parts)]
         deltas[name] = Delta(torch.randn(parts * total, inputs), torch.block_diag(*blocks), parts)
-    return ResidentSet(ranks, deltas)
+    return ResidentSet(ranks, deltas, has_reference)
 
 
 def fixed() -> FixedResidents:
@@ -77,6 +77,52 @@ def test_sets_side_by_side_give_what_each_gives_alone() -> None:
     x = torch.randn(len(entries), INPUTS)
 
     assert_equal(outputs(together, entries, x), outputs(alone, entries, x))
+
+
+@pytest.mark.parametrize("residents", [Residents(CPU, torch.float32), fixed()], ids=["apart", "side by side"])
+def test_every_row_of_a_set_with_a_reference_has_it_and_no_other_row(residents: Residents) -> None:
+    """A set without one and with the reference as a third policy says the same with all three coefficients."""
+    torch.manual_seed(0)
+    on_it, other = resident(1, 1, 2, has_reference=True), resident(3)
+    residents.add("on it", on_it)
+    residents.add("other", other)
+    entries = [
+        Entry(policy_set="on it", coefficients=(0.3, 0.7), weight=1.0),
+        Entry(policy_set="on it", coefficients=(0.0, 0.0), weight=0.0),
+        Entry(policy_set="other", coefficients=(1.0,), weight=1.0),
+        Entry(weight=0.0),
+    ]
+    spelled_out = Residents(CPU, torch.float32)
+    spelled_out.add("on it", ResidentSet(on_it.ranks, on_it.deltas))
+    spelled_out.add("other", other)
+    spelled = [
+        Entry(policy_set="on it", coefficients=(0.3, 0.7, 1.0), weight=1.0),
+        Entry(policy_set="on it", coefficients=(0.0, 0.0, 1.0), weight=0.0),
+        *entries[2:],
+    ]
+    x = torch.randn(len(entries), INPUTS)
+
+    added = outputs(residents, entries, x)
+
+    assert_equal(added, outputs(spelled_out, spelled, x))
+    assert added["o_proj"][1].any() and not added["o_proj"][3].any()
+    with pytest.raises(RuntimeError, match="4 coefficients for the 3 adapters of 'on it'"):
+        residents.coefficients([Entry(policy_set="on it", coefficients=(0.0, 0.0, 1.0), weight=1.0)])
+
+
+@pytest.mark.parametrize("residents", [Residents(CPU, torch.float32), fixed()], ids=["apart", "side by side"])
+def test_a_reference_needs_no_policies_and_a_set_may_have_neither(residents: Residents) -> None:
+    torch.manual_seed(0)
+    alone = resident(2, has_reference=True)
+    residents.add("alone", alone)
+    residents.add("empty", ResidentSet((), {}))
+    x = torch.randn(2, INPUTS)
+
+    added = outputs(residents, [Entry(policy_set="alone", weight=1.0), Entry(policy_set="empty", weight=1.0)], x)
+
+    delta = alone.deltas["o_proj"]
+    torch.testing.assert_close(added["o_proj"][0], x[0] @ delta.a.T @ delta.b)
+    assert not added["o_proj"][1].any()
 
 
 def test_a_later_set_takes_the_place_of_one_that_left_and_nothing_of_it_stays() -> None:

@@ -61,8 +61,10 @@ def fixed_residents(linears: Mapping[str, nn.Module], config: VllmConfig) -> Fix
     return FixedResidents(config.device_config.device, config.model_config.dtype, shapes, config.additional_config[RANKS], rows)
 
 
-def resident_set(linears: dict[str, nn.Module], adapters: Sequence[LoraAdapter]) -> ResidentSet:
-    """The adapters stacked for this rank's linear layers. Raises IncompatiblePolicy for one that does not fit the base."""
+def resident_set(linears: dict[str, nn.Module], policies: Sequence[LoraAdapter], reference: LoraAdapter | None) -> ResidentSet:
+    """The adapters stacked for this rank's linear layers, the reference's last. Raises IncompatiblePolicy for one that does not fit
+    the base."""
+    adapters = [*policies, *([] if reference is None else [reference])]
     ranks = tuple(max(a.shape[0] for a, _ in adapter.modules.values()) for adapter in adapters)
     deltas: dict[str, Delta] = {}
     used: set[str] = set()
@@ -75,7 +77,7 @@ def resident_set(linears: dict[str, nn.Module], adapters: Sequence[LoraAdapter])
     for adapter in adapters:
         if foreign := sorted(adapter.modules.keys() - used):
             raise IncompatiblePolicy(f"the adapter changes {foreign[0]}, which this base model does not have")
-    return ResidentSet(ranks, deltas)
+    return ResidentSet(ranks, deltas, has_reference=reference is not None)
 
 
 def _fused_delta(adapters: Sequence[LoraAdapter], ranks: tuple[int, ...], parts: list[str], linear: Any) -> Delta:

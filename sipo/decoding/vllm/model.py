@@ -119,9 +119,9 @@ class MixingModel(nn.Module):
         logits: Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]  # of the class that this is mixed into
         return logits
 
-    def load(self, key: str, adapters: list[LoraAdapter]) -> None:
+    def load(self, key: str, policies: list[LoraAdapter], reference: LoraAdapter | None) -> None:
         """Makes a set resident. Raises IncompatiblePolicy for adapters that do not fit the base, or find no room."""
-        self.mixture_batch.residents.add(key, resident_set(self.linears, adapters))
+        self.mixture_batch.residents.add(key, resident_set(self.linears, policies, reference))
 
     def unload(self, key: str) -> None:
         self.mixture_batch.residents.remove(key)

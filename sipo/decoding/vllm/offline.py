@@ -43,6 +43,7 @@ class OfflineDecoder:
         model: str | Path,
         policies: Mapping[str, str | Path],
         *,
+        reference: str | Path | None = None,
         slots: int | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
@@ -54,7 +55,8 @@ class OfflineDecoder:
         threads: int | None = None,
         **options: Any,
     ) -> None:
-        """`model` is a folder, `policies` are the folders of PEFT adapters by objective.
+        """`model` is a folder, `policies` are the folders of PEFT adapters by objective, `reference` that of the adapter which they
+        lie on top of, if they were not aligned from the plain model.
 
         `slots` is how many models one request can mix: by default as many as there are policies. `kv_cache_gib` and `threads` (by
         default all cores) are a CPU's. `compiled` and `ranks` are explained at engine_arguments; `options` go to vLLM's EngineArgs
@@ -69,7 +71,7 @@ class OfflineDecoder:
         from sipo.decoding.vllm.engine import engine_arguments
 
         self.objectives = list(policies)
-        self.slots = slots or len(policies)
+        self.slots = slots or len(policies) or 1
         arguments = engine_arguments(
             Path(model),
             slots=self.slots,
@@ -82,7 +84,7 @@ class OfflineDecoder:
         )
         self.llm = LLM(**(arguments | options))
         try:
-            self.load(POLICIES, policies)
+            self.load(POLICIES, policies, reference)
         except SipoError:
             self.close()
             raise
@@ -112,9 +114,9 @@ class OfflineDecoder:
     ) -> list[Response]:
         """One response per prompt, all in one batch.
 
-        `weights` are for all prompts, or one for each; uniform if left out. `mode` is "mod", "soup", an objective's name or "base",
-        `mixing` a rule of sipo.decoding.mixing; under "linear" the weights are free coefficients, of "base" too. `sampling` are
-        vLLM's SamplingParams. Raises InvalidWeights and InvalidRequest.
+        `weights` are for all prompts, or one for each; uniform if left out. `mode` is "mod", "soup", an objective's name,
+        "reference" or "base", `mixing` a rule of sipo.decoding.mixing; under "linear" the weights are free coefficients, of
+        "reference" and "base" too. `sampling` are vLLM's SamplingParams. Raises InvalidWeights and InvalidRequest.
         """
         each = [weights] * len(prompts) if weights is None or isinstance(weights, Mapping) else list(weights)
         if len(each) != len(prompts):
@@ -130,10 +132,11 @@ class OfflineDecoder:
         """The token ids of one response per prompt and mixture of any sets: POLICIES, and those that were loaded since."""
         return [list(output.token_ids) for output in self._run(prompts, mixtures, sampling)]
 
-    def load(self, key: str, policies: Mapping[str, str | Path]) -> None:
+    def load(self, key: str, policies: Mapping[str, str | Path], reference: str | Path | None = None) -> None:
         """Makes another set resident: mixtures name it by `key`. Raises as check_loaded."""
         folders = [str(folder) for folder in policies.values()]
-        check_loaded(self.llm.collective_rpc("sipo_load", args=(key, folders)))
+        arguments = (key, folders, None if reference is None else str(reference))
+        check_loaded(self.llm.collective_rpc("sipo_load", args=arguments))
 
     def unload(self, key: str) -> None:
         self.llm.collective_rpc("sipo_unload", args=(key,))

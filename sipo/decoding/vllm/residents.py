@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,10 +33,16 @@ class Delta:
 
 @dataclass(frozen=True)
 class ResidentSet:
-    """A loaded policy set: `ranks` per adapter (sum R) and its deltas by the fused layer's name."""
+    """A loaded policy set: `ranks` per adapter (sum R) and its deltas by the fused layer's name. The last adapter may be its
+    reference's, which every row of the set has."""
 
     ranks: tuple[int, ...]
     deltas: Mapping[str, Delta]
+    has_reference: bool = False
+
+    def row(self, coefficients: Sequence[float]) -> tuple[float, ...]:
+        """One coefficient per adapter, from those of the policies."""
+        return (*coefficients, 1.0) if self.has_reference else tuple(coefficients)
 
 
 class Residents:
@@ -67,11 +73,13 @@ class Residents:
     def _table(self, key: str, entries: Sequence[Entry]) -> Tensor:
         if key not in self.sets:
             raise RuntimeError(f"a request names the policy set {key!r}, which is not loaded")
-        ranks = self.sets[key].ranks
-        rows = [entry.coefficients if entry.policy_set == key else (0.0,) * len(ranks) for entry in entries]
-        if wrong := next((row for row in rows if len(row) != len(ranks)), None):
-            raise RuntimeError(f"{len(wrong)} coefficients for the {len(ranks)} adapters of {key!r}")
-        return torch.tensor(rows).repeat_interleave(torch.tensor(ranks), dim=1).to(self.device, self.dtype)
+        chosen = self.sets[key]
+        adapters = len(chosen.ranks)
+        rows = [chosen.row(entry.coefficients) if entry.policy_set == key else (0.0,) * adapters for entry in entries]
+        if wrong := next((row for row in rows if len(row) != adapters), None):
+            raise RuntimeError(f"{len(wrong)} coefficients for the {adapters} adapters of {key!r}")
+        ranks = torch.tensor(chosen.ranks, dtype=torch.int)  # of no adapter, too
+        return torch.tensor(rows).repeat_interleave(ranks, dim=1).to(self.device, self.dtype)
 
 
 class FixedResidents(Residents):
@@ -109,7 +117,7 @@ class FixedResidents(Residents):
                 else:
                     part.zero_()
         self._columns[key] = columns
-        super().add(key, ResidentSet(resident.ranks, {}))
+        super().add(key, replace(resident, deltas={}))
 
     def remove(self, key: str) -> None:
         super().remove(key)

@@ -25,6 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from sipo.decoding.vllm.engine import engine_arguments, served_architecture
 from sipo.decoding.vllm.worker import check_loaded
 from sipo.errors import InvalidRequest
+from sipo.policies import REFERENCE
 
 
 class OpenAIServer:
@@ -40,9 +41,11 @@ class OpenAIServer:
         return bool(self._client.errored)
 
     async def load(self, key: str, adapters: Mapping[str, Path]) -> None:
-        """Makes a set resident under `key`, between two steps of the engine. Raises as check_loaded."""
-        folders = [str(folder) for folder in adapters.values()]
-        check_loaded(await self._client.collective_rpc("sipo_load", args=(key, folders)))
+        """Makes a set resident under `key`, between two steps of the engine; `adapters` as PolicySet.folders. Raises as
+        check_loaded."""
+        folders = {name: str(folder) for name, folder in adapters.items()}
+        reference = folders.pop(REFERENCE, None)
+        check_loaded(await self._client.collective_rpc("sipo_load", args=(key, list(folders.values()), reference)))
 
     async def unload(self, key: str) -> None:
         await self._client.collective_rpc("sipo_unload", args=(key,))

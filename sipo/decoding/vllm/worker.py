@@ -22,11 +22,12 @@ class PolicyWorker:
 
     model_runner: Any
 
-    def sipo_load(self, key: str, adapters: list[str]) -> Refusal | None:
-        """Makes a set resident under `key`; `adapters` are PEFT folders in the order of the coefficients."""
+    def sipo_load(self, key: str, policies: list[str], reference: str | None) -> Refusal | None:
+        """Makes a set resident under `key`: PEFT folders, `policies` in the order of the coefficients."""
         model: MixingModel = self.model_runner.get_model()
         try:
-            model.load(key, [load_adapter(Path(folder)) for folder in adapters])
+            loaded = [load_adapter(Path(folder)) for folder in policies]
+            model.load(key, loaded, None if reference is None else load_adapter(Path(reference)))
         except (IncompatiblePolicy, Unavailable) as error:
             return type(error).__name__, error.message
         return None
