@@ -39,9 +39,10 @@ from sipo.soups import interpolated_soup, save_adapter
 from sipo.training.data import Design
 from sipo.training.planning import PlannedRun, Planner
 from sipo.training.presets import read_preset
+from sipo.training.run_folder import RECIPE
 from sipo.training.run_set import RunSet
-from sipo.training.settings import Progress
-from sipo.training.sft import RECIPE, SftRun, sft_rows, train_sft
+from sipo.training.settings import Progress, SftRun
+from sipo.training.sft import sft_rows, train_sft
 
 FOLDER = BENCH.parent / "methods"
 PROMPTS = 24
@@ -89,7 +90,9 @@ def train_all(planned: Sequence[PlannedRun]) -> dict[str, Path]:
     folders = {run.name: runs.run_folder(run) for run in planned}
     for name, folder in folders.items():
         if folder.finished() is None:
-            metrics = asyncio.run(run_child(folder.run_file, _silent))
+            asyncio.run(run_child(folder.run_file, _silent))
+            metrics = folder.finished()
+            assert metrics is not None
             print(f"{name}: {metrics.pairs} pairs, {metrics.steps} steps, {metrics.seconds:.0f} s", flush=True)
     return {name: folder.adapter for name, folder in folders.items()}
 
@@ -149,10 +152,16 @@ def group(bundled: Bundled, example: Example) -> Group:
     return Group(to_ids.prompt_ids(example.prompt, tokenizer), responses)
 
 
-def fine_tune(bundled: Bundled, settings: GatewaySettings) -> tuple[float, float]:
+def fine_tune(bundled: Bundled) -> tuple[float, float]:
     """Loss per token of the held-out responses before and after SFT on both responses of so many training pairs."""
     base = bundled.base
-    run = SftRun(base.folder, base.ref.name, bundled.shipped.manifest.prompt_format, PRESET.sft)
+    run = SftRun(
+        base=base.folder,
+        base_name=base.ref.name,
+        base_sha256=base.ref.sha256,
+        prompt_format=bundled.shipped.manifest.prompt_format,
+        settings=PRESET.sft,
+    )
     out = FOLDER / "sft"
     if not (out / RECIPE).exists():
         train_sft(
@@ -160,7 +169,7 @@ def fine_tune(bundled: Bundled, settings: GatewaySettings) -> tuple[float, float
             list(map(answers_of, bundled_examples("train")[:MAX_PAIRS])),
             out,
             lambda _progress: None,
-            cache_dir=settings.cache_dir,
+            merged=True,
         )
     # Below 40 prompts sft_rows holds nothing out, above it some: here both parts are held out.
     rows = sft_rows(map(answers_of, held_out()), run.prompt_format, base.tokenizer, run.settings)
@@ -194,7 +203,7 @@ def main() -> None:
     settings = GatewaySettings(data_dir=FOLDER / "data")
     bundled = Bundled(Base.open(BUNDLED_MODEL, settings.cache_dir), publish_shipped(settings))
     trained = train_all(plan(bundled, round_decisions()))
-    before, after = fine_tune(bundled, settings)
+    before, after = fine_tune(bundled)
 
     shipped = {f"shipped-{name}": folder for name, folder in bundled.adapters().items()}
     merged = FOLDER / "interpolated"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from sipo.errors import InvalidRequest
+from sipo.record import Record
 
 if TYPE_CHECKING:
     from sipo.training.settings import TrainSettings
@@ -29,7 +30,45 @@ CHECKPOINTED = 3 * FLOAT32
 """Bytes of a trained parameter in a checkpoint: itself and two moments."""
 CHECKPOINTS_KEPT = 3
 TRAINED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+KV_CACHE_GIB = 2
+"""Of an engine without a service, on a CPU: it is taken whole at the start."""
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+class Machine(Record):
+    """What a process computes on. `device` is for people, `memory` what it may take there, in bytes, `bytes_per_weight` what a
+    model's weights have in its natural precision."""
+
+    device: str
+    gpu: bool
+    memory: int
+    bytes_per_weight: int
+
+
+def this_machine(gpu_memory: float = 1.0) -> Machine:
+    """With the first GPU, if there is one, of whose memory the part `gpu_memory` may be taken."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Machine(device="CPU", gpu=False, memory=physical_memory(), bytes_per_weight=_bytes_per_weight())
+    device = torch.cuda.get_device_properties(0)
+    memory = int(gpu_memory * device.total_memory)
+    return Machine(device=device.name, gpu=True, memory=memory, bytes_per_weight=_bytes_per_weight())
+
+
+def engine_memory(base: Path, machine: Machine, *, slots: int, tokens: int) -> int:
+    """In bytes: a base's weights, and a KV cache for one request of so many tokens and models. A CPU's has a size of its own."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"]
+    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    kv_per_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_size
+    cache = slots * tokens * kv_per_token * machine.bytes_per_weight if machine.gpu else KV_CACHE_GIB * 2**30
+    return parameters(base) * machine.bytes_per_weight + cache
+
+
+def classifier_memory(folder: Path) -> int:
+    """In bytes: the weights of a judge, which computes in float32 wherever it runs."""
+    return parameters(folder) * FLOAT32
 
 
 @dataclass(frozen=True)
@@ -41,13 +80,14 @@ class Needs:
     disk: int
 
 
-def needed_by_sft(base: Path, settings: TrainSettings) -> Needs:
-    """Of supervised fine-tuning: the trained model and a float32 copy beside it, which is written out whole."""
+def needed_by_sft(base: Path, settings: TrainSettings, *, merged: bool = False) -> Needs:
+    """Of supervised fine-tuning that leaves an adapter; `merged`: a whole model, from a float32 copy beside the trained one."""
     weights, lora = parameters(base), lora_parameters(base, settings.lora_rank)
+    copied = weights if merged else 0
     return Needs(
         f"a fine-tuning of {base.name}",
-        memory=_on_a_cpu(weights * (_bytes_per_weight() + FLOAT32) + lora * TRAINED_WITH_ADAM),
-        disk=int(1.1 * weights * FLOAT32) + lora * CHECKPOINTED * CHECKPOINTS_KEPT,
+        memory=_on_a_cpu(weights * _bytes_per_weight() + copied * FLOAT32 + lora * TRAINED_WITH_ADAM),
+        disk=int(1.1 * copied * FLOAT32) + lora * (FLOAT32 + CHECKPOINTED * CHECKPOINTS_KEPT),
     )
 
 
@@ -58,13 +98,15 @@ def needed_by_training(base: Path, settings: TrainSettings, runs: int) -> Needs:
     return replace(needed_by_job(base, settings, runs), memory=memory)
 
 
-def needed_by_job(base: Path, settings: TrainSettings, runs: int) -> Needs:
-    """As needed_by_training, where another machine may train: only what is written."""
+def needed_by_job(base: Path, settings: TrainSettings, runs: int, sft: TrainSettings | None = None) -> Needs:
+    """As needed_by_training, where another machine may train: only what is written. `sft`: of a fine-tuning before them, whose
+    adapter is published too."""
     lora = lora_parameters(base, settings.lora_rank)
+    reference = 0 if sft is None else lora_parameters(base, sft.lora_rank)
     return Needs(
         f"the training of {runs} {'policy' if runs == 1 else 'policies'} on {base.name}",
         memory=0,
-        disk=lora * (2 * runs * FLOAT32 + CHECKPOINTED * CHECKPOINTS_KEPT),
+        disk=lora * (2 * runs * FLOAT32 + CHECKPOINTED * CHECKPOINTS_KEPT) + 2 * reference * FLOAT32,
     )
 
 

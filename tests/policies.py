@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sipo.models import BaseModelRef
-from sipo.policies import Draft, PolicySet, PolicyStore
+from sipo.policies import REFERENCE, Draft, PolicySet, PolicyStore
 from sipo.preferences import Weights, format_weights
 from sipo.prompts import PromptFormat
 
@@ -27,11 +27,14 @@ def publish_random(
     prompt_format: PromptFormat,
     seed: int = 0,
     scale: float = 0.1,
+    reference: tuple[str, ...] = (),
 ) -> PolicySet:
-    """The next version of "demo", made current: an adapter of its own rank for each objective, on the modules given for it."""
+    """The next version of "demo", made current: an adapter of its own rank for each objective, on the modules given for it, and one
+    more on `reference` that makes their reference."""
     torch.manual_seed(seed)
     adapters = {}
-    for rank, (objective, modules) in enumerate(targets.items(), start=2):
+    made = {**targets, REFERENCE: reference} if reference else targets
+    for rank, (objective, modules) in enumerate(made.items(), start=2):
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), task_type="CAUSAL_LM")
         adapted = get_peft_model(plain, config)
@@ -47,7 +50,7 @@ def publish_random(
         objectives=list(targets),
         beta=BETA,
     )
-    return store.publish(draft, adapters, base, activate=True)
+    return store.publish(draft, adapters, base, reference=adapters.pop(REFERENCE, None), activate=True)
 
 
 def log_prob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> float:
@@ -60,8 +63,10 @@ def log_prob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[i
 def rewards_one_by_one(
     base: Path, policy_set: PolicySet, prompt: Sequence[int], answers: Sequence[Sequence[int]], soups: Sequence[Weights]
 ) -> list[dict[str, float]]:
-    """Every model on its own, every response on its own: PEFT's active adapter, its exact merge for a soup, the plain base."""
+    """Every model on its own, every response on its own: PEFT's active adapter, its exact merge for a soup, the plain reference."""
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if policy_set.reference_dir is not None:
+        plain = PeftModel.from_pretrained(plain, policy_set.reference_dir).merge_and_unload()
     reference = [log_prob(plain, prompt, answer) for answer in answers]
     first, *others = policy_set.objectives
     model = PeftModel.from_pretrained(plain, policy_set.adapter_dir(first), adapter_name=first).eval()

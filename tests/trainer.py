@@ -27,8 +27,8 @@ from services.trainer.rounds import Stages
 from sipo.policies import Draft
 from sipo.preferences import Example, uniform_weights
 from sipo.selection import Chosen
-from sipo.training.run_folder import RunFolder
-from sipo.training.settings import Measure, Progress, TrainMetrics, TrainSettings
+from sipo.training.run_folder import RECIPE, RunFolder, read_any_run
+from sipo.training.settings import Measure, Progress, SftMetrics, SftRun, TrainMetrics, TrainSettings
 from support import PATIENCE
 
 OBJECTIVES = ["concise", "warm"]
@@ -71,13 +71,34 @@ def write_adapter(folder: Path) -> Path:
     return folder
 
 
-def stand_in(adapter: Path, made: list[str]) -> Callable[[Path, Tell], Awaitable[TrainMetrics]]:
+TUNED = SftMetrics(
+    rows=6,
+    validation_rows=0,
+    prompts_too_long=0,
+    responses_cut=0,
+    steps=1,
+    best_step=1,
+    micro_batch_size=1,
+    seconds=0,
+    dtype="float32",
+    loss_before=2,
+    loss_after=1,
+)
+"""What stand_in says of a fine-tuning."""
+
+
+def stand_in(adapter: Path, made: list[str]) -> Callable[[Path, Tell], Awaitable[TrainMetrics | None]]:
     """A training process that copies an adapter, and adds its run to `made`, as "round-0/warm"."""
 
-    async def run_child(path: Path, tell: Tell, *_: Any) -> TrainMetrics:
+    async def run_child(path: Path, tell: Tell, *_: Any) -> TrainMetrics | None:
         folder = RunFolder(path.parent)
-        run = folder.run()
+        run = read_any_run(path)
         made.append(f"{path.parent.parent.name}/{path.parent.name}")
+        if isinstance(run, SftRun):
+            await tell(Progress(objective="sft", stage="training", step=1, of=1, seconds_left=0, loss=0.5))
+            await asyncio.to_thread(_copy, adapter, folder.adapter)
+            (folder.adapter / RECIPE).write_text(TUNED.model_dump_json())
+            return None
         await tell(Progress(objective=run.objective, stage="training", step=1, of=1, seconds_left=0, loss=0.5))
         await asyncio.to_thread(_copy, adapter, folder.adapter)
         measure = Measure(loss=0.5, margin=0, accuracy=1)

@@ -44,6 +44,9 @@ def submit(
     preset: Annotated[
         str | None, typer.Option(help="Training settings: small, the default, or the paper's: beavertails, helpsteer.")
     ] = None,
+    sft: Annotated[
+        bool, typer.Option("--sft", help="Fine-tune on all responses before policies are aligned, with the preset's settings.")
+    ] = False,
     spec: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="YAML or JSON with any field of a job.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay and show the progress.")] = False,
     url: GatewayUrl = DEFAULT_URL,
@@ -70,6 +73,8 @@ def submit(
     if policy is None and "policy" not in fields and fields.keys() <= JobSpec.model_fields.keys():
         raise InvalidRequest("name the policies to improve, or those to align: --policy NAME", param="policy")
     wanted = JobSpec.model_validate(fields | {name: value for name, value in given.items() if value is not None})
+    if sft or (preset is not None and wanted.sft is not None):
+        wanted = _with_sft(read_preset(preset or "small"), wanted)
     if preset is not None:
         wanted = _on_preset(read_preset(preset), wanted)
     gateway = Gateway(url)
@@ -107,6 +112,12 @@ def _read_spec(spec: Path | None) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise InvalidRequest(f"{spec} holds no mapping of job fields")
     return fields
+
+
+def _with_sft(preset: Preset, spec: JobSpec) -> JobSpec:
+    """`spec` with a fine-tuning: the preset's, where it has no settings of its own."""
+    given = spec.model_dump(exclude_unset=True)
+    return JobSpec.model_validate(given | {"sft": preset.sft.model_dump(exclude_unset=True) | (given.get("sft") or {})})
 
 
 def _on_preset(preset: Preset, spec: JobSpec) -> JobSpec:

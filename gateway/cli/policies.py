@@ -17,7 +17,7 @@ from services.common.settings import CommonSettings, load
 from sipo.errors import InvalidRequest
 from sipo.files import expanded
 from sipo.models import BUNDLED_MODEL, Base
-from sipo.policies import Draft, PolicyStore
+from sipo.policies import REFERENCE, Draft, PolicyStore
 from sipo.preferences import format_weights, normalize_weights, parse_weights
 from sipo.prompts import PromptFormat
 from sipo.resources import check, needed_by_publishing
@@ -60,8 +60,8 @@ def show(policy_set: Annotated[str, typer.Argument(help="demo (its current set) 
     """
     chosen = _store().get(policy_set)
     console.print_json(chosen.manifest.model_dump_json())
-    for objective in chosen.objectives:
-        console.print(f"{objective}: {chosen.adapter_dir(objective)}", markup=False)
+    for name, folder in chosen.folders.items():
+        console.print(f"{'reference' if name == REFERENCE else name}: {folder}", markup=False)
 
 
 @app.command()
@@ -91,6 +91,12 @@ def import_adapters(
     adapters: Annotated[list[str], typer.Argument(metavar="OBJECTIVE=DIR...", help="One PEFT LoRA adapter folder per objective.")],
     *,
     name: Annotated[str, typer.Option(help="Policy name; a new version is made if it exists.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, help="The PEFT adapter of the base that they were trained on top of, as `sipo sft` leaves it."
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The base they were trained on. Default: SIPO_MODEL.")] = None,
     system: Annotated[str | None, typer.Option(help="System text that they were trained with.")] = None,
     beta: Annotated[float, typer.Option(help="beta of the DPO loss they were trained with: the scale of their rewards.")] = 0.1,
@@ -116,8 +122,10 @@ def import_adapters(
         if not path.is_dir():
             raise InvalidRequest(f"{folder} is no folder")
         folders[objective] = path
+    beneath = None if reference is None else expanded(reference)
+    copied = folders if beneath is None else folders | {"reference": beneath}
     settings = load(CommonSettings)
-    check(needed_by_publishing(folders.values()), settings.policies.root)
+    check(needed_by_publishing(copied.values()), settings.policies.root)
     base = Base.open(model or settings.model, settings.cache_dir)
     own = {objective: template for objective, path in folders.items() if (template := _own_template(path, base)) is not None}
     draft = Draft(
@@ -127,8 +135,8 @@ def import_adapters(
         objectives=list(folders),
         beta=beta,
     )
-    published = settings.policies.publish(draft, folders, base.folder, activate=activate)
-    for note in [*_notes_on_base(folders, base), *_notes_on_prompts(folders, base, own if chat_template == "base" else {})]:
+    published = settings.policies.publish(draft, folders, base.folder, reference=beneath, activate=activate)
+    for note in [*_notes_on_base(copied, base), *_notes_on_prompts(folders, base, own if chat_template == "base" else {})]:
         complaints.print(f"note: {note}", markup=False)
     tell_slots(len(folders))
     hint = "it is current" if activate else f"make it current with `sipo policies activate {published.id}`"
@@ -145,7 +153,7 @@ def soup(
         bool, typer.Option("--interpolate", help="A and B apart, as the paper's code merges; otherwise exactly.")
     ] = False,
 ) -> None:
-    """Merge a set's policies at weights into one PEFT adapter, to be used anywhere.
+    """Merge a set's policies at weights into one PEFT adapter of the base, to be used anywhere. A reference of the set is in it.
 
     Here it is not needed: a request with "mode": "soup" gets the exact merge at any weights.
 
@@ -163,6 +171,8 @@ def soup(
 
     adapters = {objective: load_adapter(chosen.adapter_dir(objective)) for objective in chosen.objectives}
     merged = (interpolated_soup if interpolate else exact_soup)(adapters, wanted)
+    if chosen.reference_dir is not None:
+        merged = exact_soup({"soup": merged, "reference": load_adapter(chosen.reference_dir)}, {"soup": 1.0, "reference": 1.0})
     save_adapter(merged, out, chosen.manifest.base.name)
     console.print(f"wrote the soup of {chosen.id} at {format_weights(wanted)} to {out}", markup=False)
 

@@ -52,7 +52,8 @@ class StackedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class StackedSet:
-    """A policy set ready for scoring: the stack of each module that its adapters change, on the model's device."""
+    """A policy set ready for scoring: the stack of each module that its adapters change, in the order of PolicySet.folders, on the
+    model's device."""
 
     policy_set: PolicySet
     stacks: dict[str, StackedLora]
@@ -133,7 +134,8 @@ class RewardModel:
         for group in groups:
             self.check(group)
         models = [dict.fromkeys(objectives, 0.0), *(one_hot_weights(objective, objectives) for objective in objectives), *soups]
-        coefficients = torch.tensor([list(weights.values()) for weights in models])  # row 0 is the reference
+        beneath = [1.0] if resident.policy_set.reference_dir is not None else []  # its adapter is the last one in the stacks
+        coefficients = torch.tensor([[*weights.values(), *beneath] for weights in models])  # row 0 is the reference
 
         beta = resident.policy_set.manifest.beta
         rewards: list[Rewards] = []
@@ -156,7 +158,7 @@ class RewardModel:
             return self._resident[policy_set.id]
         policy_set.check_base(self.base_sha256)
         policy_set.verify()
-        adapters = [load_adapter(policy_set.adapter_dir(objective)) for objective in policy_set.objectives]
+        adapters = [load_adapter(folder) for folder in policy_set.folders.values()]
         if unknown := sorted({module for adapter in adapters for module in adapter.modules} - self._linears.keys()):
             raise IncompatiblePolicy(f"{policy_set.id} changes {unknown[0]}, which this base does not have", param="policy_set")
         device = self._model.device

@@ -1,4 +1,5 @@
-"""`python -m sipo.training RUN.yaml`: one objective's run. Progress goes to stdout as lines of JSON, everything else to stderr."""
+"""`python -m sipo.training RUN.yaml`: one objective's run, or a fine-tuning. Progress goes to stdout as lines of JSON, all else to
+stderr."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from pathlib import Path
 
 from sipo.errors import SipoError
 from sipo.training.process import claim, take_one_gpu
-from sipo.training.run_folder import read_run
-from sipo.training.settings import Failure, Progress
+from sipo.training.run_folder import SftFolder, read_any_run
+from sipo.training.settings import Failure, Progress, SftRun
 
 
 def main() -> int:
@@ -31,15 +32,21 @@ def main() -> int:
             print(progress.model_dump_json(), file=stdout)
 
     try:
-        run = read_run(path)
+        run = read_any_run(path)
         with claim(path) if first else nullcontext():
             import torch
 
-            from sipo.training.run import train
-
             if torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(asked.gpu_memory, int(os.environ.get("LOCAL_RANK", "0")))
-            train(run, path.parent, report)
+            if isinstance(run, SftRun):
+                from sipo.training.sft import train_sft
+
+                if (folder := SftFolder(path.parent)).finished() is None:
+                    train_sft(run, folder.answers(), folder.adapter.absolute(), report)
+            else:
+                from sipo.training.run import train
+
+                train(run, path.parent, report)
     except SipoError as error:
         print(Failure(error=error.message).model_dump_json(), file=stdout)
         return 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sipo.datasets.doubts import doubtful_pairs
 from sipo.errors import InvalidRequest
 from sipo.models import Base
-from sipo.policies import PolicySet
+from sipo.policies import PolicySet, adapter_sha256
 from sipo.preferences import Example, Weights
 from sipo.training.data import TrainingPair, alignment_pairs, tokenise
 from sipo.training.methods import lw_pairs, modpo_margins
@@ -67,18 +68,31 @@ class PlannedRun:
 @dataclass(frozen=True)
 class Planner:
     """Plans runs on one base. `start` is the policy set that sipo goes on from, and whose policies are MODPO's margins; its prompt
-    format is then that of every run.
+    format and its reference are then those of every run. `reference` is the folder of an adapter that makes the reference of the
+    base where there is no set yet.
 
-    Raises IncompatiblePolicy if `start` belongs to another base.
+    Raises IncompatiblePolicy if either belongs to another base, InvalidRequest for a reference that is not that of `start`.
     """
 
     base: Base
     start: PolicySet | None = None
+    reference: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.reference is not None:
+            # torch takes seconds to import, and planning without a reference does without
+            from sipo.lora import check_base, load_adapter
+
+            check_base(load_adapter(self.reference), self.base.folder)
         if self.start is not None:
             self.start.check_base(self.base.ref.sha256)
             self.start.manifest.prompt_format.check(self.base.tokenizer)
+            known = self.start.manifest.reference
+            if self.reference is not None and (known is None or known.sha256 != adapter_sha256(self.reference)):
+                raise InvalidRequest(
+                    f"{self.reference} is not the reference of {self.start.id}, which its policies lie on: leave it out",
+                    param="reference",
+                )
 
     def dpo(self, objective: str, examples: Iterable[Example], settings: TrainSettings) -> PlannedRun:
         """Eq. 2: a fresh LoRA on the objective's labels."""
@@ -110,12 +124,15 @@ class Planner:
     def _run(
         self, method: Method, name: str, objective: str, pairs: Iterable[TrainingPair], settings: TrainSettings, **fields: Any
     ) -> PlannedRun:
+        reference = self.reference if self.start is None else self.start.reference_dir
         run = TrainRun(
             method=method,
             objective=objective,
             base=self.base.folder,
             base_name=self.base.ref.name,
             prompt_format=self.base.prompt_format if self.start is None else self.start.manifest.prompt_format,
+            reference=reference,
+            reference_sha256=None if reference is None else adapter_sha256(reference),
             settings=settings,
             **fields,
         )

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from sipo.preferences import format_weights
+from sipo.training.presets import NOT_OF_SFT
 from sipo.training.run_folder import CARD, CURVE, HISTORY, RunFolder, data_sha256
-from sipo.training.settings import ANSWER_TOKENS, Method, TrainMetrics, TrainRun
+from sipo.training.settings import ANSWER_TOKENS, Answered, Method, SftMetrics, SftRun, TrainMetrics, TrainRun
 from sipo.words import counted
 
 METHODS: Mapping[Method, str] = {"dpo": "DPO (Eq. 2)", "sipo": "SIPO (Eq. 8)", "lw": "DPO LW", "modpo": "MODPO"}
@@ -58,6 +59,7 @@ def card(run: TrainRun, metrics: TrainMetrics, pairs_sha256: str) -> str:
     """A Hugging Face model card: what the adapter is, what it was trained on and how, and how it went."""
     method = METHODS[run.method] + (f" at {format_weights(run.weights)}" if run.weights else "")
     begin = "a fresh LoRA" if run.start is None else "the policy of the round before, itself frozen as reference"
+    model = run.base_name + (f" with the adapter of SHA-256 `{run.reference_sha256}` beneath" if run.reference_sha256 else "")
     kept = counted(metrics.pairs, "pair") + (
         f", {metrics.validation_pairs} more held out for validation" if metrics.held_out else ""
     )
@@ -67,18 +69,13 @@ def card(run: TrainRun, metrics: TrainMetrics, pairs_sha256: str) -> str:
         for name in ("loss", "margin", "accuracy")
     )
     settings = yaml.safe_dump(run.settings.model_dump(mode="json"), sort_keys=False)
-    metadata = yaml.safe_dump(
-        {"base_model": run.base_name, "library_name": "peft", "tags": ["lora", "dpo", "multi-objective"]}, sort_keys=False
-    )
     validation = "validation pairs" if metrics.held_out else "training pairs (too few to hold some out)"
-    return f"""---
-{metadata}---
-# Policy for {run.objective!r}
+    return f"""{_metadata(run.base_name, "dpo")}# Policy for {run.objective!r}
 
-A LoRA adapter on {run.base_name}, trained by {method} from {begin}.
+A LoRA adapter on {model}, trained by {method} from {begin}.
 
 - Data: {kept}; left out: {left_out}; {counted(metrics.responses_cut, "response")} cut. SHA-256 of the pairs: `{pairs_sha256}`.
-- {_answers(metrics)}
+- {_answers(metrics.answered)}
 - Steps: {metrics.steps}, kept: step {metrics.best_step}; {metrics.dtype}; {metrics.seconds:.0f} s.
 
 | on the {validation} | before | after |
@@ -92,8 +89,39 @@ A LoRA adapter on {run.base_name}, trained by {method} from {begin}.
 """
 
 
-def _answers(metrics: TrainMetrics) -> str:
-    after = metrics.answered
+def sft_card(run: SftRun, metrics: SftMetrics, answers_sha256: str) -> str:
+    """As `card`, of supervised fine-tuning."""
+    kept = counted(metrics.rows, "response") + (
+        f", {metrics.validation_rows} more held out for validation" if metrics.validation_rows else ""
+    )
+    left_out, cut = counted(metrics.prompts_too_long, "too long prompt"), counted(metrics.responses_cut, "response")
+    settings = yaml.safe_dump(run.settings.model_dump(mode="json", exclude=set(NOT_OF_SFT)), sort_keys=False)
+    validation = "held-out responses" if metrics.validation_rows else "training responses (too few to hold some out)"
+    return f"""{_metadata(run.base_name, "sft")}# Reference for policies
+
+A LoRA adapter on {run.base_name}, trained by supervised fine-tuning. Policies that are aligned on top of it need it beneath them.
+
+- Data: {kept}; left out: {left_out}; {cut} cut. SHA-256 of the data: `{answers_sha256}`.
+- {_answers(metrics.answered)}
+- Steps: {metrics.steps}, kept: step {metrics.best_step}; {metrics.dtype}; {metrics.seconds:.0f} s.
+
+| on the {validation} | before | after |
+|---|---|---|
+| loss | {metrics.loss_before:.4f} | {metrics.loss_after:.4f} |
+
+![loss]({CURVE})
+
+```yaml
+{settings}```
+"""
+
+
+def _metadata(base_name: str, method: str) -> str:
+    content = {"base_model": base_name, "library_name": "peft", "tags": ["lora", method, "multi-objective"]}
+    return f"---\n{yaml.safe_dump(content, sort_keys=False)}---\n"
+
+
+def _answers(after: Answered | None) -> str:
     if after is None:
         return "What it answers was not looked at."
     return (

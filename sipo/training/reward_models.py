@@ -40,9 +40,9 @@ from sipo.training.data import MIN_PAIRS_TO_HOLD_OUT, VALIDATION_SHARE, Training
 from sipo.training.memory import fitting
 from sipo.training.records import draw_curve, write_history
 from sipo.training.reporting import Reporter
-from sipo.training.run_folder import ADAPTER, CURVE, HISTORY, PAIRS
+from sipo.training.run_folder import ADAPTER, CURVE, HISTORY, PAIRS, RECIPE
 from sipo.training.settings import Measure, Progress, TrainSettings
-from sipo.training.sft import RECIPE, TENSORBOARD
+from sipo.training.sft import TENSORBOARD
 from sipo.words import counted, share
 
 NOT_OF_REWARDS = frozenset({"beta", "alpha", "divergence", "divergence_alpha"})

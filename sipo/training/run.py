@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from datasets import Dataset
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -25,7 +24,9 @@ from trl import DPOConfig
 
 from sipo.errors import IncompatiblePolicy, InvalidRequest, TrainingFailed
 from sipo.files import sync_tree
+from sipo.lora import load_adapter
 from sipo.precision import torch_dtype
+from sipo.training.adapters import lay_beneath, save_trained
 from sipo.training.answering import answer
 from sipo.training.arguments import common_arguments, fresh_lora
 from sipo.training.checkpoints import CHECKPOINTS, Checkpoints, last_checkpoint
@@ -33,7 +34,7 @@ from sipo.training.data import TokenisedPairs, TokenPair, tokenise
 from sipo.training.memory import fitting
 from sipo.training.records import write_records
 from sipo.training.reporting import Reporter
-from sipo.training.run_folder import ADAPTER, RunFolder
+from sipo.training.run_folder import RunFolder, reference_of
 from sipo.training.settings import Answered, Measure, Progress, TrainMetrics, TrainRun
 from sipo.training.trainer import START, PairCollator, PairTrainer, reference_file
 from sipo.words import counted
@@ -114,7 +115,7 @@ def _train(
         answered=_answered(trainer, run, data, tokenizer),
     )
     run_folder = RunFolder(folder)
-    _save_adapter(trainer, run_folder.adapter, run.base_name)
+    save_trained(trainer, run_folder.adapter, run.base_name)
     if trainer.is_world_process_zero():
         write_records(run_folder, run, metrics, trainer.state.log_history)
         sync_tree(run_folder.adapter)  # nothing it could be made from again is left then
@@ -131,12 +132,14 @@ def build_trainer(
     """The trainer with its model.
 
     With `run.start`, TRL keeps a frozen copy of that adapter as reference. Without, it makes a fresh LoRA (after seeding: policies
-    of one seed share A's initial values) and its reference is the base. TRL's own NLL term is a mean over all tokens of a
-    micro-batch; PairTrainer's is Eq. 8's.
+    of one seed share A's initial values) and its reference is the model beneath: the base, with the set's reference if it has one.
+    TRL's own NLL term is a mean over all tokens of a micro-batch; PairTrainer's is Eq. 8's.
     """
     settings = run.settings
     dtype = torch_dtype(run.dtype)
     model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
+    if (reference := reference_of(run)) is not None:
+        lay_beneath(model, load_adapter(reference))
     fresh = None
     if run.start is None:
         fresh = fresh_lora(settings)
@@ -235,16 +238,3 @@ def _made_worse(run: TrainRun, before: Measure, after: Measure) -> str | None:
         return f"loss went from {before.loss:.3f} to {after.loss:.3f}" if after.loss > before.loss else None
     # Ties alone, where nothing has moved, are no hits for TRL.
     return f"reward accuracy is {after.accuracy:.2f}, below chance" if after.accuracy < 0.5 and after.margin < 0 else None
-
-
-def _save_adapter(trainer: PairTrainer, target: Path, base_name: str) -> None:
-    """Only the trained adapter: not the reference's copy, and not the place where this machine keeps the base. For every process
-    to call: where they share the weights, they gather them."""
-    trainer.model.peft_config["default"].base_model_name_or_path = base_name
-    aside = Path(trainer.args.output_dir) / ADAPTER  # transformers adds a tokenizer and its own arguments
-    trainer.save_model(str(aside))
-    if trainer.is_world_process_zero():
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir()
-        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-            (aside / name).rename(target / name)

@@ -5,6 +5,12 @@ pairs.jsonl        a TrainingPair a line: what the run is made from
 adapter/           a plain PEFT adapter, with loss.png and README.md (sipo.training.records)
 history.jsonl      the trainer's log
 metrics.json       TrainMetrics, written last: a folder that has it is finished
+
+Of a job's supervised fine-tuning:
+
+run.yaml           an SftRun, and
+answers.jsonl      an Answers a line: what the run is made from
+adapter/           a plain PEFT adapter with its records (sipo.training.sft); there, the folder is finished
 """
 
 from __future__ import annotations
@@ -15,18 +21,25 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
-from sipo.errors import InvalidRequest
+from sipo.datasets import Answers
+from sipo.errors import IncompatiblePolicy, InvalidRequest, NotFound
 from sipo.files import sync, write_atomically
+from sipo.policies import adapter_sha256
 from sipo.training.data import TrainingPair
-from sipo.training.settings import TrainMetrics, TrainRun
+from sipo.training.settings import SftMetrics, SftRun, TrainMetrics, TrainRun
 
-RUN, PAIRS, METRICS = "run.yaml", "pairs.jsonl", "metrics.json"
+RUN, PAIRS, ANSWERS, METRICS = "run.yaml", "pairs.jsonl", "answers.jsonl", "metrics.json"
 ADAPTER = "adapter"
+RECIPE = "recipe.json"
+"""Of a fine-tuning, beside its weights: what it was made from, and what it came to."""
 HISTORY, CURVE, CARD = "history.jsonl", "loss.png", "README.md"
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -64,8 +77,12 @@ class RunFolder:
         aside.rename(self.path)
 
     def is_made_from(self, run: TrainRun, pairs: Iterable[TrainingPair]) -> bool:
-        """False also for a folder of something else."""
-        return self._says(run, _lines(pairs))
+        """False also for a folder of something else. A reference is known by its hash: where it lies does not matter."""
+        try:
+            there = self.run()
+        except InvalidRequest:
+            return False
+        return self._says(run.model_copy(update={"reference": there.reference}), _lines(pairs))
 
     def run(self) -> TrainRun:
         return read_run(self.run_file)
@@ -91,9 +108,69 @@ class RunFolder:
             return False
 
 
+@dataclass(frozen=True)
+class SftFolder:
+    path: Path
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / RUN
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / ADAPTER
+
+    def prepare(self, run: SftRun, answered: Iterable[Answers]) -> None:
+        """Writes what the run is made from, run.yaml last."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / ANSWERS, "".join(f"{row.model_dump_json()}\n" for row in answered))
+        write_atomically(self.run_file, _yaml(run))
+
+    def answers(self) -> list[Answers]:
+        with (self.path / ANSWERS).open() as file:
+            return [Answers.model_validate_json(line) for line in file]
+
+    def finished(self) -> SftMetrics | None:
+        """None if it is not."""
+        path = self.adapter / RECIPE
+        if not path.exists():
+            return None
+        recipe = json.loads(path.read_text())
+        return SftMetrics.model_validate({name: recipe[name] for name in SftMetrics.model_fields})
+
+
 def read_run(path: Path) -> TrainRun:
+    return _read(path, TrainRun)
+
+
+def read_any_run(path: Path) -> TrainRun | SftRun:
+    return _read(path, RootModel[TrainRun | SftRun]).root
+
+
+def reference_of(*runs: TrainRun) -> Path | None:
+    """The folder of the adapter that makes the reference of these runs' policies; None: their base itself.
+
+    Raises InvalidRequest for runs of different references, IncompatiblePolicy if the adapter is another one by now.
+    """
+    if len({run.reference_sha256 for run in runs}) > 1:
+        raise InvalidRequest(
+            "the policies of one set lie on one reference, and these runs have different ones: train them anew on one"
+        )
+    run = runs[0]
+    if run.reference is None:
+        return None
     try:
-        return TrainRun.model_validate(yaml.safe_load(path.read_text()))
+        found = adapter_sha256(run.reference)
+    except OSError as error:
+        raise NotFound(f"the reference's adapter {run.reference} is not there any more: {error}") from error
+    if found != run.reference_sha256:
+        raise IncompatiblePolicy(f"{run.reference} is not the adapter any more that the training began with: begin another one")
+    return run.reference
+
+
+def _read(path: Path, kind: type[M]) -> M:
+    try:
+        return kind.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError, ValidationError) as error:
         raise InvalidRequest(f"{path} is no training run: {error}") from error
 
@@ -104,8 +181,12 @@ def data_sha256(folders: Iterable[RunFolder]) -> str:
 
 
 def _write(folder: Path, run: TrainRun, lines: str) -> None:
-    write_atomically(folder / RUN, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_atomically(folder / RUN, _yaml(run))
     write_atomically(folder / PAIRS, lines)
+
+
+def _yaml(run: TrainRun | SftRun) -> str:
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _lines(pairs: Iterable[TrainingPair]) -> str:

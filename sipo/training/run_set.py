@@ -13,7 +13,7 @@ from sipo.errors import InvalidRequest, TrainingFailed
 from sipo.models import Base, BaseModelRef
 from sipo.policies import Draft, MadeBy, PolicySet, PolicyStore, TrainedRuns, adapter_sha256, adapters_sha256
 from sipo.training.planning import PlannedRun
-from sipo.training.run_folder import RUN, RunFolder, data_sha256
+from sipo.training.run_folder import RUN, RunFolder, data_sha256, reference_of
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class RunSet:
 
 
 def runs_sha256(planned: Iterable[PlannedRun]) -> str:
-    """Of everything that they are made from: equal for the same runs."""
-    made_from = [(one.name, one.run.model_dump(mode="json"), list(one.pairs)) for one in planned]
+    """Of everything that they are made from: equal for the same runs, wherever their reference lies."""
+    made_from = [(one.name, one.run.model_dump(mode="json", exclude={"reference"}), list(one.pairs)) for one in planned]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
@@ -61,9 +61,10 @@ def publish_runs(
     made_by: MadeBy,
     **settings: Any,
 ) -> PolicySet:
-    """The adapters of finished `runs`, by objective, as the next version of `name`; or the set that was made by the same before.
+    """The adapters of finished `runs`, by objective, as the next version of `name`, with the reference that they lie on; or the set
+    that was made by the same before.
 
-    Raises TrainingFailed, with nothing published, for a policy whose answers the training has spoilt.
+    Raises TrainingFailed, with nothing published, for a policy whose answers the training has spoilt, and as reference_of does.
     """
     if (published := store.published_by(name, made_by)) is not None:
         return published
@@ -74,7 +75,8 @@ def publish_runs(
                 "fewer epochs, or a greater beta"
             )
     draft = draft_of(name, runs, base=base.ref, parent=parent, made_by=made_by, **settings)
-    return store.publish(draft, {objective: folder.adapter for objective, folder in runs.items()}, base.folder)
+    reference = reference_of(*(folder.run() for folder in runs.values()))
+    return store.publish(draft, {objective: folder.adapter for objective, folder in runs.items()}, base.folder, reference=reference)
 
 
 def draft_of(

@@ -1,4 +1,5 @@
-"""What goes into a training run and what comes out: one run trains one policy. Where they lie: sipo.training.run_folder."""
+"""What goes into a training run and what comes out: one run trains one policy, or fine-tunes the base before all of them. Where
+they lie: sipo.training.run_folder."""
 
 from __future__ import annotations
 
@@ -13,6 +14,9 @@ from sipo.record import Record
 
 ACCELERATE = Path(__file__).parent / "accelerate"
 """The shipped configurations of `accelerate launch`."""
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+"""sipo.precision.Precision, without torch."""
 
 Method = Literal["dpo", "sipo", "lw", "modpo"]
 """What a run makes of its pairs: see sipo.training.methods."""
@@ -61,13 +65,18 @@ class TrainRun(Record):
     base: Path = Field(description="folder of the base model")
     base_name: str = Field(description="the base as the adapter's configuration names it")
     prompt_format: PromptFormat
+    reference: Path | None = Field(
+        default=None, description="adapter that makes the policy set's reference of the base: it lies beneath the policy, frozen"
+    )
+    reference_sha256: str | None = Field(default=None, description="of that adapter: the run is of no other")
     start: Path | None = Field(
-        default=None, description="adapter to go on with, itself frozen as reference; None: a fresh LoRA, the base as reference"
+        default=None,
+        description="adapter to go on with, itself frozen as reference of the loss; None: a fresh LoRA, the set's reference as it",
     )
     settings: TrainSettings
     weights: Weights | None = Field(default=None, description="w of lw and modpo")
     margins: list[Margin] = Field(default=[], description="of MODPO: the other objectives")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+    dtype: Dtype = Field(
         default="auto", description="of the base's weights (the LoRA's are float32); auto: bfloat16 where the hardware computes it"
     )
 
@@ -78,6 +87,18 @@ class TrainRun(Record):
             return self.settings.beta
         assert self.weights is not None
         return self.settings.beta / self.weights[self.objective]
+
+
+class SftRun(Record):
+    """A supervised fine-tuning, as its run.yaml says it."""
+
+    method: Literal["sft"] = "sft"
+    base: Path = Field(description="folder of the base model")
+    base_name: str = Field(description="the base as the adapter's configuration names it")
+    base_sha256: str
+    prompt_format: PromptFormat
+    settings: TrainSettings = Field(description="but for NOT_OF_SFT")
+    dtype: Dtype = Field(default="auto", description="as a TrainRun's")
 
 
 class Progress(Record):
@@ -117,7 +138,7 @@ ANSWER_TOKENS = 32
 
 
 class Answered(Record):
-    """What a policy answered to some validation prompts, greedily: see sipo.training.answering."""
+    """What a model answered to some validation prompts, greedily: see sipo.training.answering."""
 
     prompts: int
     tokens: float = Field(description="mean length, without the end token")
@@ -159,6 +180,32 @@ class TrainMetrics(Record):
     @property
     def fault(self) -> str | None:
         """Why the policy should not be published, if it should not."""
-        if self.answered is None or self.answered_before is None:
-            return None
-        return self.answered.fault(self.answered_before)
+        return _fault(self.answered_before, self.answered)
+
+
+class SftMetrics(Record):
+    """What a finished fine-tuning reports. Losses are means over the responses' tokens: of the held-out rows, or of all rows where
+    there are too few."""
+
+    rows: int = Field(description="responses trained on")
+    validation_rows: int = Field(description="responses held out; 0: too few prompts")
+    prompts_too_long: int = Field(description="prompts left out for it")
+    responses_cut: int
+    steps: int
+    best_step: int = Field(description="whose adapter was kept: the least loss on held-out rows at an epoch's end, or the last")
+    micro_batch_size: int
+    seconds: float = Field(description="of the process that ended the run")
+    dtype: str
+    loss_before: float
+    loss_after: float
+    answered_before: Answered | None = Field(default=None, description="None where several processes trained")
+    answered: Answered | None = None
+
+    @property
+    def fault(self) -> str | None:
+        """Why nothing should be aligned on it, if it should not."""
+        return _fault(self.answered_before, self.answered)
+
+
+def _fault(before: Answered | None, after: Answered | None) -> str | None:
+    return None if before is None or after is None else after.fault(before)

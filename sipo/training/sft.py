@@ -1,7 +1,7 @@
-"""Supervised fine-tuning on all responses (the paper's first step), published as a new base: a whole model in float32.
+"""Supervised fine-tuning on all responses (the paper's first step): an adapter that policies are aligned on top of, the reference
+of their set; or, merged in float32, a whole new base with a hash of its own.
 
-The policies of a set are deltas to one base, so a fine-tuned model is a base of its own, with its own hash: policies are aligned on
-it anew. Trained as a LoRA by TRL's SFTTrainer, merged in float32: in bfloat16 most of a small delta would be lost.
+Trained as a LoRA by TRL's SFTTrainer.
 """
 
 from __future__ import annotations
@@ -11,49 +11,44 @@ import json
 import math
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from sipo.conversation import Prompt
 from sipo.datasets import Answers
 from sipo.errors import Conflict, InvalidRequest, TrainingFailed
 from sipo.files import sync, sync_tree, write_atomically
+from sipo.lora import load_adapter, merge
 from sipo.models import model_sha256
-from sipo.precision import Precision, torch_dtype
+from sipo.precision import torch_dtype
 from sipo.prompts import PromptFormat
+from sipo.training.adapters import save_trained
+from sipo.training.answering import answer
 from sipo.training.arguments import common_arguments, fresh_lora
 from sipo.training.checkpoints import Checkpoints, last_checkpoint
 from sipo.training.data import MIN_PAIRS_TO_HOLD_OUT, VALIDATION_SHARE
 from sipo.training.memory import fitting
 from sipo.training.presets import NOT_OF_SFT
-from sipo.training.records import draw_curve, write_history
+from sipo.training.records import draw_curve, sft_card, write_history
 from sipo.training.reporting import Reporter
-from sipo.training.run_folder import ADAPTER, CURVE, HISTORY
-from sipo.training.settings import Progress, TrainSettings
+from sipo.training.run_folder import ADAPTER, CARD, CURVE, HISTORY, RECIPE
+from sipo.training.settings import Answered, Progress, SftMetrics, SftRun, TrainSettings
 from sipo.training.shared_prompt import IGNORED
 from sipo.words import counted, share
 
-RECIPE = "recipe.json"
 TENSORBOARD = "tensorboard"
-
-
-@dataclass(frozen=True)
-class SftRun:
-    """What is fine-tuned, and how; `base_name` is how the recipe names it."""
-
-    base: Path
-    base_name: str
-    prompt_format: PromptFormat
-    settings: TrainSettings
-    dtype: Precision = "auto"
+WHOLE_MODEL = "merged"
 
 
 @dataclass(frozen=True)
@@ -71,9 +66,7 @@ class SftRows:
 
 @dataclass(frozen=True)
 class _Trained:
-    steps: int
-    micro_batch_size: int
-    loss: float
+    metrics: SftMetrics
     history: Sequence[Mapping[str, Any]]
     """The trainer's log, a mapping a step or a validation."""
 
@@ -120,13 +113,15 @@ def account(answered: Sequence[Answers], prompt_format: PromptFormat, tokenizer:
     return said
 
 
-def train_sft(run: SftRun, answered: Sequence[Answers], out: Path, report: Callable[[Progress], None], *, cache_dir: Path) -> Path:
-    """Fine-tunes the base and leaves a whole float32 model in `out`: a new base, with recipe.json, history.jsonl, loss.png and
-    TensorBoard's files beside its own.
+def train_sft(
+    run: SftRun, answered: Sequence[Answers], out: Path, report: Callable[[Progress], None], *, merged: bool = False
+) -> Path:
+    """Fine-tunes the base and leaves a plain PEFT adapter in `out`, with a model card, recipe.json, history.jsonl, loss.png and
+    TensorBoard's files; or, `merged`, a whole float32 model with all of these but the card: a new base.
 
     A run that is killed goes on when it is started again with the same `out`, whose working files lie beside it. Raises Conflict if
     `out` is there already, or if those files are another run's, InvalidRequest if no row is usable, TrainingFailed if the run
-    diverges or does not fit into memory.
+    diverges, does not fit into memory, or has spoilt what the model answers.
     """
     if out.exists():
         raise Conflict(f"{out} is there already: name another folder")
@@ -138,14 +133,17 @@ def train_sft(run: SftRun, answered: Sequence[Answers], out: Path, report: Calla
         raise InvalidRequest(
             f"no response to train on: {counted(rows.left_out, 'prompt')} of more than max_prompt_tokens = {longest}"
         )
-    recipe: dict[str, Any] = {
-        "base": {"name": run.base_name, "sha256": model_sha256(run.base, cache_dir)},
+    made_from: dict[str, Any] = {
+        "base": {"name": run.base_name, "sha256": run.base_sha256},
         "prompt_format": run.prompt_format.model_dump(mode="json"),
         "data_sha256": hashlib.sha256("".join(row.model_dump_json() for row in answered).encode()).hexdigest(),
         "settings": settings.model_dump(mode="json", exclude=set(NOT_OF_SFT)),
     }
     work = out.with_name(f".{out.name}.training")
-    _begin(work, recipe)
+    of_several = PartialState()  # one where there is but one process
+    if of_several.is_main_process:
+        _begin(work, made_from)
+    of_several.wait_for_everyone()
     reporter = Reporter("sft", report, 0)
     trained = fitting(
         settings,
@@ -154,46 +152,47 @@ def train_sft(run: SftRun, answered: Sequence[Answers], out: Path, report: Calla
         what="the fine-tuning",
         of="responses",
     )
-
-    # Beside the trained model, which may be in bfloat16: merged where nothing is lost.
-    plain = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(plain, work / ADAPTER).merge_and_unload()
-    aside = work / "merged"
-    shutil.rmtree(aside, ignore_errors=True)
-    merged.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    draw_curve(aside / CURVE, "supervised fine-tuning", trained.history)
-    write_history(aside / HISTORY, trained.history)
-    shutil.copytree(work / TENSORBOARD, aside / TENSORBOARD)
-    recipe |= {
-        "rows": len(rows.train),
-        "validation_rows": len(rows.validation),
-        "prompts_too_long": rows.left_out,
-        "steps": trained.steps,
-        "micro_batch_size": trained.micro_batch_size,
-        "loss": trained.loss,
-        "sha256": model_sha256(aside, cache_dir),
-    }
-    (aside / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
-    sync_tree(aside)  # nothing it could be made from again is left then
-    aside.rename(out)
-    sync(out.parent)
-    shutil.rmtree(work)
+    metrics = trained.metrics
+    if (fault := metrics.fault) is not None:
+        shutil.rmtree(work)  # nobody goes on with it
+        raise TrainingFailed(f"the fine-tuning went too far: {fault}; use a smaller learning_rate or fewer epochs")
+    if of_several.is_main_process:
+        recipe = made_from | metrics.model_dump(mode="json")
+        if merged:
+            # Beside the trained model, which may be in bfloat16: merged where nothing is lost.
+            model = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
+            merge(model, load_adapter(work / ADAPTER))
+            shutil.rmtree(work / WHOLE_MODEL, ignore_errors=True)
+            model.save_pretrained(work / WHOLE_MODEL)
+            tokenizer.save_pretrained(work / WHOLE_MODEL)
+            recipe["sha256"] = model_sha256(work / WHOLE_MODEL, work)
+        else:
+            (work / ADAPTER / CARD).write_text(sft_card(run, metrics, made_from["data_sha256"]))
+        made = work / (WHOLE_MODEL if merged else ADAPTER)
+        draw_curve(made / CURVE, "supervised fine-tuning", trained.history)
+        write_history(made / HISTORY, trained.history)
+        shutil.copytree(work / TENSORBOARD, made / TENSORBOARD)
+        (made / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
+        sync_tree(made)  # nothing it could be made from again is left then
+        made.rename(out)
+        sync(out.parent)
+        shutil.rmtree(work)
+    of_several.wait_for_everyone()
     return out
 
 
-def _begin(work: Path, recipe: Mapping[str, Any]) -> None:
-    """Writes down what the run is made from, as far as it is known before it. Raises Conflict, with nothing touched, if there are
-    checkpoints of a run that was made from something else."""
+def _begin(work: Path, made_from: Mapping[str, Any]) -> None:
+    """Writes down what the run is made from. Raises Conflict, with nothing touched, if there are checkpoints of a run that was made
+    from something else."""
     path = work / RECIPE
     if last_checkpoint(work) is None:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        write_atomically(path, json.dumps(recipe, indent=1) + "\n")
+        write_atomically(path, json.dumps(made_from, indent=1) + "\n")
         sync(work)
         return
     begun = json.loads(path.read_text()) if path.exists() else {}
-    if other := [name for name, value in recipe.items() if begun.get(name) != value]:
+    if other := [name for name, value in made_from.items() if begun.get(name) != value]:
         raise Conflict(
             f"{work} has the checkpoints of another fine-tuning, which differs in {', '.join(other)}: name another folder, or "
             "remove that one"
@@ -202,13 +201,59 @@ def _begin(work: Path, recipe: Mapping[str, Any]) -> None:
 
 def _train(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: Reporter, *, micro_batch: int) -> _Trained:
     """Leaves the adapter in `work`."""
+    started = time.monotonic()
     trainer = _trainer(run, rows, tokenizer, work, reporter, micro_batch=micro_batch)
+    before, answered_before = trainer.evaluate()["eval_loss"], _answered(trainer, run, rows, tokenizer)
     trainer.train(resume_from_checkpoint=last_checkpoint(work))
-    loss = trainer.evaluate()["eval_loss"]
-    if not math.isfinite(loss):
+    after = trainer.evaluate()["eval_loss"]
+    if not math.isfinite(after):
         raise TrainingFailed("the fine-tuning diverged in its last step: use a smaller learning_rate")
-    trainer.model.save_pretrained(work / ADAPTER)
-    return _Trained(trainer.state.global_step, micro_batch, loss, trainer.state.log_history)
+    answered = _answered(trainer, run, rows, tokenizer)
+    save_trained(trainer, work / ADAPTER, run.base_name)
+    state = trainer.state
+    metrics = SftMetrics(
+        rows=len(rows.train),
+        validation_rows=len(rows.validation),
+        prompts_too_long=rows.left_out,
+        responses_cut=rows.cut,
+        steps=state.global_step,
+        best_step=state.best_global_step if rows.validation and state.best_global_step else state.global_step,
+        micro_batch_size=micro_batch,
+        seconds=round(time.monotonic() - started, 1),
+        dtype=str(trainer.model.get_base_model().dtype).removeprefix("torch."),
+        loss_before=before,
+        loss_after=after,
+        answered_before=answered_before,
+        answered=answered,
+    )
+    return _Trained(metrics, state.log_history)
+
+
+def _answered(trainer: SFTTrainer, run: SftRun, rows: SftRows, tokenizer: Any) -> Answered | None:
+    """By the model as it is now; by one process alone, as in sipo.training.run."""
+    if trainer.accelerator.num_processes > 1:
+        return None
+    prompts = [row["input_ids"][: row["labels"].count(IGNORED)] for row in rows.validation or rows.train]
+    return answer(trainer.model, prompts, end_token=run.prompt_format.end_token_id(tokenizer))
+
+
+class Sampler(LengthGroupedSampler):  # type: ignore[misc]
+    """Rows of similar lengths together, so that little is padded; drawn by seed and epoch, so that a run that goes on in the middle
+    of an epoch meets the rows that are left of it."""
+
+    def __init__(self, batch_size: int, dataset: Dataset, seed: int) -> None:
+        super().__init__(batch_size, lengths=[len(ids) for ids in dataset["input_ids"]])
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return Sampler(batch, train_dataset or self.train_dataset, self.args.seed)
 
 
 def _trainer(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: Reporter, *, micro_batch: int) -> SFTTrainer:
@@ -218,7 +263,7 @@ def _trainer(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: R
             settings, work, rows=len(rows.train), micro_batch=micro_batch, dtype=dtype, held_out=bool(rows.validation)
         )
     )
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model=AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype),
         args=args,
         train_dataset=Dataset.from_list(rows.train),
@@ -227,6 +272,8 @@ def _trainer(run: SftRun, rows: SftRows, tokenizer: Any, work: Path, reporter: R
         peft_config=fresh_lora(settings),
         callbacks=[reporter, Checkpoints(settings.checkpoint_steps)],
     )
+    # Otherwise it would look for the base's vocabulary at the hub, under the base's name.
+    trainer.model.save_pretrained = partial(trainer.model.save_pretrained, save_embedding_layers=False)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer

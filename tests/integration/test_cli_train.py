@@ -25,16 +25,17 @@ from gateway.cli.train.progress import Display
 from services.common.contract.jobs import JobSpec
 from sipo.errors import InvalidRequest, TrainingFailed
 from sipo.lora import load_adapter
-from sipo.models import model_sha256
-from sipo.policies import PolicySet, PolicyStore
+from sipo.models import Base, model_sha256
+from sipo.policies import PolicySet, PolicyStore, adapter_sha256
 from sipo.prompts import PromptFormat
+from sipo.training.planning import Planner
 from sipo.training.presets import PRESETS, read_preset
 from sipo.training.run_folder import read_run
 from sipo.training.settings import Progress, TrainMetrics, TrainRun
 from support import PATIENCE
 from tests.fakes import write_policy_set
 from tests.policies import publish_random
-from tests.trainer import stand_in
+from tests.trainer import stand_in, write_adapter
 
 OBJECTIVES = ["concise", "warm"]
 QUICK = {"lora_rank": 4, "lora_alpha": 8, "batch_size": 2, "max_prompt_tokens": 64}
@@ -268,6 +269,43 @@ def test_the_same_command_does_nothing_twice_and_publishes_once(
     assert [one.id for one in store.sets()] == ["demo:1", "demo:2"]
 
 
+def test_policies_lie_on_their_reference_and_so_do_those_that_go_on_from_them(
+    train: Train, made: list[str], labelled: Path, pairs: Path, data_dir: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    tuned, other = write_adapter(tmp_path / "tuned"), write_adapter(tmp_path / "other")
+    sha256 = adapter_sha256(tuned)
+    first = train(labelled, "--reference", tuned, "--publish", "mine")
+    assert first.exit_code == 0, first.output
+    run, policy_set = run_of(tmp_path / "runs" / "warm"), PolicyStore(data_dir / "policies").get("mine:1")
+    assert (run.reference, run.reference_sha256) == (tuned, sha256)
+    assert policy_set.manifest.reference is not None and policy_set.manifest.reference.sha256 == sha256
+
+    moved = tuned.rename(tmp_path / "moved")
+    again = train(labelled, "--reference", moved, "--publish", "mine")
+    assert again.exit_code == 0, again.output
+    assert made == ["runs/concise", "runs/warm"] and "published mine:1;" in again.output
+    assert run_of(tmp_path / "runs" / "warm").reference == moved
+    assert "was begun with other arguments" in train(labelled, "--reference", other).stderr
+
+    modpo = ["--method", "modpo", "--weights", "concise=0.4,warm=0.6"]
+    for name, args in (("sipo", [pairs, "--publish", "child"]), ("modpo", [labelled, *modpo])):
+        result = train(*args, "--start", "mine:1", out=tmp_path / name)
+        assert result.exit_code == 0, result.output
+        run = run_of(tmp_path / name / ("warm" if name == "sipo" else "modpo"))
+        assert (run.reference, run.reference_sha256) == (policy_set.reference_dir, sha256)
+    child = PolicyStore(data_dir / "policies").get("child:1").manifest
+    assert (child.parent, child.reference) == ("mine:1", policy_set.manifest.reference)
+    refused = train(pairs, "--start", "mine:1", "--reference", moved, out=tmp_path / "third")
+    assert (
+        "the method sipo has no --reference, but --start, --objectives, --publish: its reference is that of --start"
+        in refused.stderr
+    )
+    base = Base.open(str(tiny_base), tmp_path / "cache")
+    assert Planner(base, policy_set, moved)
+    with pytest.raises(InvalidRequest, match="other is not the reference of mine:1, which its policies lie on: leave it out"):
+        Planner(base, policy_set, other)
+
+
 def test_a_policy_whose_answers_were_spoilt_is_not_published(
     train: Train, made: list[str], labelled: Path, data_dir: Path, tmp_path: Path
 ) -> None:
@@ -369,6 +407,7 @@ LABELLED = '{"prompt": "?", "response_0": "a", "response_1": "b", "labels": {"wa
             ["--method", "modpo", "--start", "demo", "--weights", "warm=0.6,loud=0.4"],
             "demo:1 has no policy for 'loud'",
         ),
+        (LABELLED, ["--reference", "nowhere"], "nowhere"),
         (LABELLED, ["--preset", "huge"], "no preset 'huge': there are beavertails, helpsteer, small"),
         (LABELLED, ["--accelerate", "nothing"], "no accelerate configuration 'nothing'"),
         (LABELLED, ["--settings", "nowhere.yaml"], "cannot read nowhere.yaml"),

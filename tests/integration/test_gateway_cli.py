@@ -18,6 +18,7 @@ from services.common.contract.jobs import JobSpec, JobState
 from services.common.contract.messages import PromptDecided
 from sipo.policies import PolicyStore
 from sipo.preferences import Example
+from sipo.training.presets import read_preset
 from tests.fakes import FakeDecoder, write_policy_set
 
 pytestmark = pytest.mark.slow
@@ -173,6 +174,17 @@ def test_a_preset_gives_the_training_settings_that_the_specification_does_not(
     assert shown["learning_rates"] == {"harmless": 5e-5}
     assert submitted("training: {learning_rate: 1.0e-6}\n")["learning_rates"] == {}
     assert submitted("learning_rates: {helpful: 1.0e-6}\n")["learning_rates"] == {"helpful": 1e-6}
+    assert shown["sft"] is None
+    tuned = submitted("sft: {epochs: 1}\n")["sft"]
+    assert (tuned["epochs"], tuned["learning_rate"], tuned["max_prompt_tokens"]) == (1, 1e-4, 2048)
+
+
+def test_a_fine_tuning_has_the_presets_settings(gateway_url: str, pairs: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "job.yaml"
+    spec.write_text("policy: new\nsft: {seed: 5}\n")
+    job = sipo(gateway_url, "jobs", "submit", str(pairs), "--sft", "--spec", str(spec)).stdout.strip()
+    shown = json.loads(sipo(gateway_url, "jobs", "show", job).stdout)["spec"]["sft"]
+    assert shown == read_preset("small").sft.model_copy(update={"seed": 5}).model_dump(mode="json")
 
 
 def test_a_preset_that_does_not_fit_is_refused(gateway_url: str, pairs: Path) -> None:

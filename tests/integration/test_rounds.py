@@ -27,6 +27,7 @@ from services.common.contract.jobs import JobState
 from services.common.contract.keys import DECISIONS, PROMPTS
 from services.common.contract.messages import PromptDecided, PromptQueued
 from services.common.local.processes import free_ports
+from services.common.local.training import run_child
 from services.common.queue import Consumer, Queue
 from services.trainer import lifecycle
 from services.trainer.app import open_stages
@@ -35,11 +36,11 @@ from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Stages
 from services.trainer.settings import TrainerSettings
 from sipo.errors import TrainingFailed
-from sipo.policies import PolicyStore
-from sipo.training.run_folder import read_run
-from sipo.training.settings import TrainMetrics
+from sipo.policies import PolicyStore, adapter_sha256
+from sipo.training.run_folder import SftFolder, read_any_run, read_run
+from sipo.training.settings import Progress, SftRun, TrainMetrics, TrainSettings
 from support import PATIENCE
-from tests.trainer import OBJECTIVES, Tell, decision, policies, report_of, submit, trainer, until
+from tests.trainer import OBJECTIVES, TUNED, Tell, decision, policies, report_of, submit, trainer, until
 
 pytestmark = pytest.mark.slow
 
@@ -209,6 +210,58 @@ async def test_a_rounds_rows_are_the_same_whatever_is_decided_in_it_meanwhile(re
     with log.path.open("a") as file:  # the trainer writes the next one
         file.write(decision(job.id, 1, round_=2).model_dump_json()[:-1])
     assert (rows(1), rows(2), rows(3)) == ([0, 1, 2], [1, 2], [1])
+
+
+async def test_a_fine_tuning_is_the_reference_of_the_first_policies_and_of_all_rounds_after(
+    redis: Redis, stages: Stages, runs: list[str]
+) -> None:
+    job = await submit(redis, stages, total=None, rounds=2, sft=TrainSettings(lora_rank=3, epochs=4))
+    async with fed(redis, stages, one_more_each), trainer(redis, stages):
+        done = await until(redis, job, JobState.COMPLETED)
+    assert done.policy_set == "demo:3"
+    assert runs == ["round-0/_sft", *(f"round-{k}/{objective}" for k in range(3) for objective in OBJECTIVES)]
+    files = stages.files(job)
+    tuned = read_any_run(files.fine_tuning / "run.yaml")
+    assert isinstance(tuned, SftRun) and (tuned.settings.lora_rank, tuned.settings.epochs) == (3, 4)
+    assert [row.responses for row in SftFolder(files.fine_tuning).answers()] == [[f"a{row}", f"b{row}"] for row in range(3)]
+    sets = stages.store.sets()
+    assert {one.manifest.reference.sha256 for one in sets if one.manifest.reference} == {
+        adapter_sha256(files.fine_tuning / "adapter")
+    }
+    for k, reference in enumerate([files.fine_tuning / "adapter", *(one.reference_dir for one in sets[:2])]):
+        run = read_run(files.training_run(k, "warm") / "run.yaml")
+        assert (run.reference, run.reference_sha256) == (
+            reference,
+            sets[0].manifest.reference and sets[0].manifest.reference.sha256,
+        )
+    assert report_of(stages, job).sft == TUNED
+
+
+async def test_a_fine_tuning_of_a_job_runs_in_a_process_of_its_own(redis: Redis, stages: Stages, runs: list[str]) -> None:
+    quick = stages.run_training
+
+    async def run_training(path: Path, tell: Tell) -> None:
+        await (run_child if path.parent.name == "_sft" else quick)(path, tell)
+
+    stages = replace(stages, run_training=run_training)
+    settings = TrainSettings(lora_rank=4, batch_size=2, micro_batch_size=2, epochs=4, learning_rate=1e-2)
+    job = await submit(redis, stages, total=None, sft=settings)
+    told: list[tuple[str, int]] = []
+
+    async def tell(progress: Progress) -> None:
+        told.append((progress.objective, progress.step))
+
+    published = await stages.align(job, tell)
+    assert told == [*(("sft", step) for step in range(1, 13)), *((objective, 1) for objective in OBJECTIVES)]
+    metrics = SftFolder(stages.files(job).fine_tuning).finished()
+    assert metrics is not None and metrics.loss_after < metrics.loss_before
+    assert published.reference_dir is not None
+    assert {path.name for path in published.reference_dir.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "loss.png",
+    }
 
 
 class Killer:

@@ -51,10 +51,12 @@ def test_needs_are_weights_and_what_belongs_to_them(
     monkeypatch.setenv(NATURAL_DTYPE, dtype)
     weights, lora = parameters(tiny_base), lora_parameters(tiny_base, 8)
 
-    sft, training = needed_by_sft(tiny_base, RANK_8), needed_by_training(tiny_base, RANK_8, 2)
+    sft, merged = needed_by_sft(tiny_base, RANK_8), needed_by_sft(tiny_base, RANK_8, merged=True)
+    training = needed_by_training(tiny_base, RANK_8, 2)
 
-    assert sft.memory == weights * (size + 4) + lora * 16
-    assert sft.disk == int(weights * 4.4) + lora * 36
+    assert (sft.memory, sft.disk) == (weights * size + lora * 16, lora * (4 + 36))
+    assert merged.memory == weights * (size + 4) + lora * 16
+    assert merged.disk == int(weights * 4.4) + lora * (4 + 36)
     assert training.memory == weights * size + lora * 16
     assert training.disk == lora * (16 + 36)
 

@@ -87,6 +87,21 @@ def test_rewards_of_policies_and_soups_agree_with_peft_one_by_one(base: Path, st
     assert_close(score(model, "demo:1", PROMPT, answers, SOUPS), wanted)
 
 
+def test_the_reference_is_beneath_every_model_of_its_set(base: Path, tmp_path: Path) -> None:
+    store = PolicyStore(tmp_path / "policies")
+    targets = {"helpful": ("q_proj", "v_proj"), "harmless": ("down_proj",)}
+    common = {"base_sha256": "tiny", "prompt_format": RAW, "scale": 0.2}
+    policy_set = publish_random(store, base, tmp_path, targets, reference=("q_proj", "up_proj"), **common)
+    publish_random(store, base, tmp_path, targets, seed=1, **common)
+    model, answers = RewardModel.load(base, store, base_sha256="tiny"), responses(4)
+    assert_close(
+        score(model, "demo:1", PROMPT, answers, SOUPS), wanted := rewards_one_by_one(base, policy_set, PROMPT, answers, SOUPS)
+    )
+    assert min(abs(value) for rewards in wanted for value in rewards.values()) > 0.01
+    plain = rewards_one_by_one(base, store.get("demo:2"), PROMPT, answers, SOUPS)
+    assert_close(score(model, "demo:2", PROMPT, answers, SOUPS), plain)
+
+
 def test_the_other_responses_in_a_batch_and_its_cut_into_passes_change_no_value(
     model: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

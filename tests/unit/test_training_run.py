@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -23,7 +23,8 @@ from trl import DPOConfig, DPOTrainer
 
 from services.common.local.training import run_child
 from sipo.errors import Conflict, IncompatiblePolicy, InvalidRequest, TrainingFailed
-from sipo.lora import load_adapter
+from sipo.lora import load_adapter, merge
+from sipo.policies import adapter_sha256
 from sipo.prompts import PromptFormat
 from sipo.training.arguments import TRAINED_MODULES
 from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
@@ -222,6 +223,50 @@ def test_an_adapter_of_another_base_is_refused(run: TrainRun, tmp_path: Path) ->
     save_file({name: torch.cat([value, value], dim=1) for name, value in weights.items()}, start / "adapter_model.safetensors")
     with pytest.raises(IncompatiblePolicy, match="cannot go on with"):
         go(run.model_copy(update={"start": start}), tmp_path / "second")
+
+
+def test_a_run_on_a_reference_is_the_run_on_a_base_with_it_merged(run: TrainRun, tmp_path: Path) -> None:
+    reference = random_adapter(run.base, tmp_path / "reference")
+    merged = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
+    merge(merged, load_adapter(reference))
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(run.base).save_pretrained(tmp_path / "merged")
+    beneath = run.model_copy(update={"reference": reference, "reference_sha256": adapter_sha256(reference)})
+    on_merged = run.model_copy(update={"base": tmp_path / "merged"})
+    for stage in ("first", "second"):
+        folders = [tmp_path / stage / name for name in ("beneath", "merged")]
+        (one, steps), (two, wanted) = (
+            go(made_from, folder) for made_from, folder in zip((beneath, on_merged), folders, strict=True)
+        )
+        assert [step.loss for step in steps] == pytest.approx([step.loss for step in wanted], abs=1e-5)
+        assert one.after.margin == pytest.approx(two.after.margin, abs=1e-4) and one.answered == two.answered
+        weights, others = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
+        for name, value in weights.items():
+            torch.testing.assert_close(others[name], value, atol=1e-4, rtol=1e-3)
+        # The second goes on from the first, itself frozen as reference of the loss.
+        beneath, on_merged = (
+            changed(made_from, alpha=0.2).model_copy(update={"start": folder / "adapter"})
+            for made_from, folder in zip((beneath, on_merged), folders, strict=True)
+        )
+
+
+def test_a_reference_that_is_another_adapter_by_now_is_refused(run: TrainRun, tmp_path: Path) -> None:
+    reference = random_adapter(run.base, tmp_path / "reference")
+    run = run.model_copy(update={"reference": reference, "reference_sha256": "0" * 64})
+    with pytest.raises(IncompatiblePolicy, match="is not the adapter any more that the training began with"):
+        go(run, tmp_path / "run")
+
+
+def random_adapter(base: Path, folder: Path) -> Path:
+    """On modules that are trained and on others."""
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
 
 
 # Against TRL as it is

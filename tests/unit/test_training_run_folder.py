@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from sipo.errors import IncompatiblePolicy, InvalidRequest, NotFound
+from sipo.policies import adapter_sha256
 from sipo.prompts import PromptFormat
 from sipo.training.data import TrainingPair
-from sipo.training.run_folder import RunFolder, data_sha256
+from sipo.training.run_folder import RunFolder, data_sha256, reference_of
 from sipo.training.settings import Measure, TrainMetrics, TrainRun, TrainSettings
 
 CONVERSATION = [{"role": "system", "content": "Grüße!"}, {"role": "user", "content": "schön?"}]
@@ -44,6 +47,38 @@ def test_what_a_run_is_made_from_reads_back(folder: RunFolder) -> None:
     assert not folder.is_made_from(RUN, [])
     assert not folder.is_made_from(RUN.model_copy(update={"objective": "concise"}), PAIRS)
     assert folder.finished() is None
+
+
+def test_a_reference_is_known_by_its_hash_and_a_set_has_one(folder: RunFolder, tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("here", "there")]
+    for place in places:
+        place.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (place / name).write_text("same")
+    sha256 = adapter_sha256(places[0])
+    here, there = (RUN.model_copy(update={"reference": place, "reference_sha256": sha256}) for place in places)
+    folder.prepare(here, PAIRS)
+    assert folder.is_made_from(there, PAIRS) and not folder.is_made_from(RUN, PAIRS)
+    assert not folder.is_made_from(here.model_copy(update={"reference_sha256": "other"}), PAIRS)
+    folder.prepare(there, PAIRS)
+    assert folder.run() == there
+    assert (reference_of(here, there), reference_of(RUN, RUN)) == (places[0], None)
+    with pytest.raises(InvalidRequest, match="lie on one reference, and these runs have different ones"):
+        reference_of(here, RUN)
+    (places[1] / "adapter_model.safetensors").write_text("trained again")
+    with pytest.raises(IncompatiblePolicy, match="is not the adapter any more that the training began with"):
+        reference_of(there)
+    (places[1] / "adapter_config.json").unlink()
+    with pytest.raises(NotFound, match="is not there any more"):
+        reference_of(there)
+
+
+def test_a_run_of_before_there_were_references_has_the_base_for_it(folder: RunFolder) -> None:
+    folder.prepare(RUN, PAIRS)
+    written = yaml.safe_load(folder.run_file.read_text())
+    del written["reference"], written["reference_sha256"]
+    folder.run_file.write_text(yaml.safe_dump(written))
+    assert folder.is_made_from(RUN, PAIRS)
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_folder_or_none(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

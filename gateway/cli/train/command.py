@@ -50,6 +50,10 @@ def train(
         ),
     ] = None,
     start: Annotated[str | None, typer.Option(help="NAME or NAME:VERSION: what sipo goes on from; the margins of modpo.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="The adapter that `sipo sft` left: dpo and lw train on top of it. Others: --start's."),
+    ] = None,
     objectives: Annotated[str | None, typer.Option(help="Some of them, such as concise,warm. Default: all that there are.")] = None,
     weights: Annotated[str | None, typer.Option(help="Of lw and modpo, such as concise=0.4,warm=0.6.")] = None,
     objective: Annotated[str | None, typer.Option(help="Of modpo: whose pairs. Default: the heaviest's.")] = None,
@@ -71,6 +75,8 @@ def train(
 
       sipo train helpful=a.jsonl harmless=b.jsonl --publish mine
 
+      sipo train labelled.jsonl --reference runs/sft --publish mine
+
       sipo train labelled.jsonl --out runs/first --publish mine
 
       sipo train pairs.jsonl --out runs/second --start mine:1 --publish mine
@@ -78,12 +84,16 @@ def train(
       sipo train labelled.jsonl --out runs/lw --method lw --weights concise=0.4,warm=0.6
     """
     dataset = read_sources(data)
-    options = Options(start=start, objectives=objectives, weights=weights, objective=objective, publish=publish)
+    options = Options(
+        start=start, reference=reference, objectives=objectives, weights=weights, objective=objective, publish=publish
+    )
     chosen = method_for(method, dataset, options)
     by_method = Settings(read_preset(preset), TrainSettings() if settings is None else read_settings(settings))
     command = launch_command(accelerate)
     common = load(CommonSettings)
-    planner = Planner(Base.open(common.model, common.cache_dir), None if start is None else get_set(common, start))
+    base = Base.open(common.model, common.cache_dir)
+    beneath = None if reference is None else expanded(reference).absolute()
+    planner = Planner(base, None if start is None else get_set(common, start), beneath)
     planned = plan(planner, chosen, dataset, options, by_method)
     if chosen != "sipo":
         learned = dict.fromkeys(name for one in planned for name in one.run.weights or [one.run.objective])
@@ -122,8 +132,11 @@ def _train(runs: RunSet, command: Sequence[str]) -> dict[str, TrainMetrics]:
                 metrics[planned.name] = finished
                 display.end("was finished before")
                 continue
-            metrics[planned.name] = asyncio.run(run_child(folder.run_file, display.tell, command))
-            display.end(f"finished after {metrics[planned.name].seconds:.0f} s")
+            asyncio.run(run_child(folder.run_file, display.tell, command))
+            trained = folder.finished()
+            assert trained is not None
+            metrics[planned.name] = trained
+            display.end(f"finished after {trained.seconds:.0f} s")
     return metrics
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from sipo.conversation import as_json
 from sipo.datasets import Dataset, Pair
@@ -17,9 +18,9 @@ from sipo.training.settings import Method, TrainSettings
 
 NEEDS: Mapping[Method, tuple[str, ...]] = {"dpo": (), "sipo": ("start",), "lw": ("weights",), "modpo": ("weights", "start")}
 TAKES: Mapping[Method, tuple[str, ...]] = {
-    "dpo": ("objectives", "publish"),
+    "dpo": ("objectives", "publish", "reference"),
     "sipo": ("objectives", "publish"),
-    "lw": (),
+    "lw": ("reference",),
     "modpo": ("objective",),
 }
 WITHOUT_OBJECTIVE = (
@@ -33,6 +34,7 @@ class Options:
     """Those that some methods have, as they were written."""
 
     start: str | None
+    reference: Path | None
     objectives: str | None
     weights: str | None
     objective: str | None
@@ -57,7 +59,8 @@ def method_for(method: Method | None, data: Dataset, options: Options) -> Method
     taken = (*NEEDS[chosen], *TAKES[chosen])
     if surplus := sorted(given - {*taken}):
         known = ", ".join(f"--{name}" for name in taken)
-        raise InvalidRequest(f"the method {chosen} has no --{surplus[0]}, but {known}", param=surplus[0])
+        hint = ": its reference is that of --start" if surplus[0] == "reference" else ""
+        raise InvalidRequest(f"the method {chosen} has no --{surplus[0]}, but {known}{hint}", param=surplus[0])
     return chosen
 
 

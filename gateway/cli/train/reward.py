@@ -60,7 +60,7 @@ def reward(
     chosen = changed(read_preset(preset).alignment, given)
     common = load(CommonSettings)
     model = Base.open(base or common.model, common.cache_dir)
-    needs = replace(needed_by_sft(model.folder, chosen), what=f"a reward model on {model.ref.name}")
+    needs = replace(needed_by_sft(model.folder, chosen, merged=True), what=f"a reward model on {model.ref.name}")
     check(needs, common.data_dir if out is None else expanded(out))
 
     take_one_gpu()

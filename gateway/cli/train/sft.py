@@ -1,4 +1,4 @@
-"""`sipo sft`: supervised fine-tuning of the base on all responses of a file, into a new base (sipo.training.sft)."""
+"""`sipo sft`: supervised fine-tuning of the base on all responses of a file (sipo.training.sft)."""
 
 from __future__ import annotations
 
@@ -18,26 +18,32 @@ from sipo.models import Base
 from sipo.resources import check, needed_by_sft
 from sipo.training.presets import NOT_OF_SFT, changed, read_preset, read_settings
 from sipo.training.process import take_one_gpu
-from sipo.training.settings import TrainSettings
+from sipo.training.settings import SftRun, TrainSettings
 from sipo.words import counted
 
 
 def sft(
     data: Annotated[list[str], typer.Argument(metavar=SOURCES, help=SOURCES_HELP)],
     *,
-    out: Annotated[Path, typer.Option(file_okay=False, help="The new base: a folder that is not there yet.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="For what is made: a folder that is not there yet.")],
     preset: Annotated[str, typer.Option(help="small, or the paper's values: beavertails, helpsteer.")] = "small",
     settings: Annotated[
         Path | None, typer.Option(dir_okay=False, help="YAML with training settings; they win over the preset.")
     ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Leave a whole model, which is a base of its own.")] = False,
 ) -> None:
     """Fine-tune the base model (SIPO_MODEL) on every response of the data. The same command again goes on where it was stopped.
 
-    Labels do not matter. The new base has a hash of its own: policies are aligned on it anew.
+    Labels do not matter. What is left is an adapter to align policies on top of. With --merge it is a new base with a hash of its
+    own: policies are aligned on it anew.
 
-    Example:
+    Examples:
 
-      sipo sft labelled.jsonl --out models/tuned
+      sipo sft labelled.jsonl --out runs/sft
+
+      sipo train labelled.jsonl --reference runs/sft --publish mine
+
+      sipo sft labelled.jsonl --out models/tuned --merge
 
       SIPO_MODEL=models/tuned sipo up
     """
@@ -48,15 +54,17 @@ def sft(
     chosen = changed(read_preset(preset).sft, given)
     common = load(CommonSettings)
     base = Base.open(common.model, common.cache_dir)
-    check(needed_by_sft(base.folder, chosen), expanded(out))
+    check(needed_by_sft(base.folder, chosen, merged=merge), expanded(out))
 
     take_one_gpu()
     from transformers.utils.logging import disable_progress_bar
 
-    from sipo.training.sft import SftRun, account, train_sft
+    from sipo.training.sft import account, train_sft
 
     disable_progress_bar()
-    run = SftRun(base.folder, base.ref.name, base.prompt_format, chosen)
+    run = SftRun(
+        base=base.folder, base_name=base.ref.name, base_sha256=base.ref.sha256, prompt_format=base.prompt_format, settings=chosen
+    )
     tell(account(answered, base.prompt_format, base.tokenizer, chosen))
     with Display() as display:
         display.begin("sft", counted(len(answered), "row"))
@@ -66,10 +74,11 @@ def sft(
                 answered,
                 expanded(out).absolute(),
                 lambda progress: asyncio.run(display.tell(progress)),
-                cache_dir=common.cache_dir,
+                merged=merge,
             )
         except KeyboardInterrupt:
             complaints.print("stopped: the same command goes on", markup=False)
             raise
         display.end("finished")
-    console.print(f"the new base is {made}: start with SIPO_MODEL={made}", markup=False)
+    use = f"the new base is {made}: start with SIPO_MODEL={made}" if merge else f"align policies on it: --reference {made}"
+    console.print(use, markup=False)
