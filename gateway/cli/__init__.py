@@ -14,6 +14,7 @@ from gateway.cli.conflicts import conflicts
 from gateway.cli.console import CommandLine
 from gateway.cli.demo.command import demo
 from gateway.cli.evaluate.command import evaluate
+from gateway.cli.experiment import command as experiment
 from gateway.cli.generate import generate
 from gateway.cli.score.command import score
 from gateway.cli.train.command import train
@@ -54,3 +55,4 @@ app.command()(weights)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(policies.app, name="policies")
 app.add_typer(queue.app, name="queue")
+app.add_typer(experiment.app, name="experiment")
