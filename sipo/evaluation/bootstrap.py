@@ -7,6 +7,7 @@ with its own interval.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -76,10 +77,29 @@ def paired(scores_a: ArrayLike, scores_b: ArrayLike, draws: Array, statistic: St
             f"they are {list(scores_a.shape)} and {list(scores_b.shape)}",
             param="scores_b",
         )
-    drawn = _difference(of_means(scores_a, draws, statistic), of_means(scores_b, draws, statistic))
-    value = float(_difference(statistic(scores_a.mean(axis=1)), statistic(scores_b.mean(axis=1))))
-    rarer = int(min((drawn >= 2 * value).sum(), (drawn <= 2 * value).sum()))
-    return interval(drawn, value), min(1.0, 2 * (1 + rarer) / (len(drawn) + 1))
+    return difference(drawn(scores_a, draws, statistic), drawn(scores_b, draws, statistic))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A statistic on the prompts themselves, and in each draw [samples]."""
+
+    value: float
+    draws: Array
+
+
+def drawn(scores: ArrayLike, draws: Array, statistic: Statistic) -> Drawn:
+    """Of `scores` [weights, prompts, objectives], as of_means."""
+    scores = checked("scores", scores, "weights", "prompts", "objectives")
+    return Drawn(statistic(scores.mean(axis=1)), of_means(scores, draws, statistic))
+
+
+def difference(a: Drawn, b: Drawn) -> tuple[Interval, float]:
+    """As `paired`, of statistics that were drawn alike."""
+    draws = _difference(a.draws, b.draws)
+    value = float(_difference(a.value, b.value))
+    rarer = int(min((draws >= 2 * value).sum(), (draws <= 2 * value).sum()))
+    return interval(draws, value), min(1.0, 2 * (1 + rarer) / (len(draws) + 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

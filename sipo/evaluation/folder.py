@@ -3,7 +3,9 @@
 plan.json               Plan.identity(): a folder belongs to one plan
 prompts.jsonl           a TestPrompt a line
 answers/METHOD.jsonl    an Answer a line, prompt by prompt, at each of the method's weights
-scores/OBJECTIVE.jsonl  a Scored a line
+scores/JUDGE.jsonl      a Scored a line
+divergence/METHOD.jsonl a Divergence a line, where it was asked for
+validation/             the base's answers to validation prompts, and their rewards, as a folder of its own
 seconds.json            how long each stage took, over all the times that it was stopped
 report.json             an EvaluationReport, written last, with the page and the pictures of sipo.evaluation.page
 """
@@ -29,7 +31,8 @@ from sipo.files import sync, write_atomically
 from sipo.record import Record
 
 PLAN, PROMPTS, SECONDS, REPORT = "plan.json", "prompts.jsonl", "seconds.json", "report.json"
-ANSWERS, SCORES = "answers", "scores"
+ANSWERS, SCORES, DIVERGENCES = "answers", "scores", "divergence"
+VALIDATION = "validation"
 
 R = TypeVar("R", bound=Record)
 
@@ -57,6 +60,7 @@ class RowFile(Generic[R]):
             os.truncate(self.path, len("".join(map(_line, rows)).encode()))
 
     def add(self, rows: Sequence[R]) -> None:
+        self.path.parent.mkdir(exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, rows)))
 
@@ -71,6 +75,10 @@ class EvaluationFolder:
 
     def rows(self, kind: str, name: str, record: type[R]) -> RowFile[R]:
         return RowFile(self.path / kind / f"{name}.jsonl", record)
+
+    @property
+    def validation(self) -> EvaluationFolder:
+        return EvaluationFolder(self.path / VALIDATION)
 
     def prepare(self, plan: Plan) -> None:
         """Begins it, or finds what was begun. Raises InvalidRequest, with nothing touched, if that was another plan or none."""

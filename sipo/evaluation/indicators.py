@@ -69,6 +69,46 @@ def spread(points: ArrayLike) -> Array:
     return widths
 
 
+def got_shares(points: ArrayLike) -> Array:
+    """What each of `points` [weights, objectives] got of each objective, as parts of 1: [weights, objectives].
+
+    That is the place of its mean reward between the least and the greatest of the points, normalised over the objectives. Where all
+    points are alike in an objective, or a point is the least in all, nothing was got of it; the latter has equal parts.
+    """
+    points = checked("points", points, "weights", "objectives")
+    widths = np.ptp(points, axis=0)
+    places = np.divide(points - points.min(axis=0), widths, out=np.zeros_like(points), where=widths > 0)
+    totals = places.sum(axis=1, keepdims=True)
+    shares: Array = np.divide(places, totals, out=np.full_like(places, 1 / points.shape[1]), where=totals > 0)
+    return shares
+
+
+def miscalibration(points: ArrayLike, weights: ArrayLike) -> float:
+    """The mean absolute difference of `weights` and of what mean rewards `points`, likewise [weights, objectives], got of each."""
+    points = checked("points", points, "weights", "objectives")
+    weights = checked("weights", weights, "weights", "objectives")
+    if weights.shape != points.shape:
+        raise InvalidRequest(
+            f"weights must have the shape of points, {list(points.shape)}, and have {list(weights.shape)}", param="weights"
+        )
+    return float(np.abs(got_shares(points) - weights).mean())
+
+
+def monotonicity(asked: ArrayLike, got: ArrayLike) -> float | None:
+    """Spearman's rank correlation of `asked` and `got` [weights]; equal values share their mean rank. None if one is constant."""
+    ranks = [_ranks(checked(name, values, "weights")) for name, values in (("asked", asked), ("got", got))]
+    if ranks[0].shape != ranks[1].shape:
+        raise InvalidRequest(f"got must be one to each of {len(ranks[0])} asked, not {len(ranks[1])}", param="got")
+    first, second = (rank - rank.mean() for rank in ranks)
+    scale = float(np.sqrt((first @ first) * (second @ second)))
+    return float(first @ second) / scale if scale else None
+
+
+def _ranks(values: Array) -> Array:
+    below: Array = (values[None, :] < values[:, None]).sum(axis=1) + (values[None, :] == values[:, None]).sum(axis=1) / 2
+    return below
+
+
 def standardise(scores: ArrayLike, mean: ArrayLike, std: ArrayLike) -> Array:
     """`scores` [..., objectives] as standard deviations `std` above `mean`, both [objectives]: the base's on validation prompts."""
     scores = checked("scores", scores)

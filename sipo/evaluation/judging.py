@@ -66,11 +66,11 @@ def check_judges(judges: Mapping[str, str]) -> None:
 def judge(
     plan: Plan, answers: Mapping[str, Sequence[Answer]], folder: EvaluationFolder, tell: Tell, open_judge: OpenJudge = open_judge
 ) -> dict[str, Rewards]:
-    """By objective. The folder may have the first ones. Raises a SipoError that names judge, method and prompt if a judge fails or
-    gives no finite number; what was judged before stays."""
+    """By objective, and by the names of further judges. The folder may have the first ones. Raises a SipoError that names judge,
+    method and prompt if a judge fails or gives no finite number; what was judged before stays."""
     asked = list(_asked(plan, answers))
     rewards = {}
-    for objective in plan.objectives:
+    for objective in plan.all_judges:
         stage, rows = f"rewards of {objective}", folder.rows(SCORES, objective, Scored)
         scored = _begun(rows, asked)
         model = _opened(plan, objective, open_judge) if len(scored) < len(asked) else None
@@ -112,9 +112,9 @@ def _begun(rows: RowFile[Scored], asked: Sequence[_Asked]) -> list[Scored]:
 
 def _opened(plan: Plan, objective: str, open_judge: OpenJudge) -> RewardFunction:
     try:
-        return open_judge(plan.judges[objective])
+        return open_judge(plan.all_judges[objective])
     except SipoError as error:
-        raise _failed(objective, plan.judges[objective], error) from error
+        raise _failed(objective, plan.all_judges[objective], error) from error
 
 
 def _score(plan: Plan, objective: str, model: RewardFunction, asked: _Asked) -> Scored:
@@ -125,7 +125,7 @@ def _score(plan: Plan, objective: str, model: RewardFunction, asked: _Asked) -> 
     except SipoError as error:
         of = "the original responses" if asked.method is None else f"the answers of {asked.method}"
         where = f", on {of} to prompt {asked.prompt}, counted from 0"
-        raise _failed(objective, plan.judges[objective], error, where) from error
+        raise _failed(objective, plan.all_judges[objective], error, where) from error
     return Scored(method=asked.method, prompt=asked.prompt, rewards=rewards)
 
 

@@ -50,12 +50,22 @@ def unique(prompts: Iterable[TestPrompt]) -> list[TestPrompt]:
 def check_unseen(prompts: Sequence[TestPrompt], trained: Iterable[Prompt], where: str) -> None:
     """Raises InvalidRequest, with their number, if any were trained on: `trained` are the prompts of `where`. Capitals and spaces
     make no difference."""
-    known = {_words(prompt) for prompt in trained}
+    _refuse(prompts, trained, f"in the training data {where}", "give prompts that nothing was trained on", "prompts")
+
+
+def check_apart(prompts: Sequence[TestPrompt], validation: Sequence[TestPrompt]) -> None:
+    """Raises InvalidRequest, with their number, if any are among the validation prompts, too."""
+    others = [one.prompt for one in validation]
+    _refuse(prompts, others, "among the prompts to standardise on", "these must be others", "standardise_on")
+
+
+def _refuse(prompts: Sequence[TestPrompt], others: Iterable[Prompt], where: str, advice: str, param: str) -> None:
+    known = {_words(prompt) for prompt in others}
     if seen := [one.prompt for one in prompts if _words(one.prompt) in known]:
         raise InvalidRequest(
-            f"{share(len(seen), len(prompts), 'test prompt')} {'is' if len(seen) == 1 else 'are'} in the training data {where}, "
-            f"such as {short(as_text(seen[0]))}: give prompts that nothing was trained on",
-            param="prompts",
+            f"{share(len(seen), len(prompts), 'test prompt')} {'is' if len(seen) == 1 else 'are'} {where}, "
+            f"such as {short(as_text(seen[0]))}: {advice}",
+            param=param,
         )
 
 

@@ -5,25 +5,61 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import combinations
+from functools import cached_property
 
 import numpy as np
 
-from sipo.errors import InvalidRequest, SipoError
+from sipo.datasets import ConflictReport
+from sipo.errors import SipoError
+from sipo.evaluation.agreeing import agreements
 from sipo.evaluation.answers import Answer
-from sipo.evaluation.bootstrap import Statistic, draws, holm, interval, of_means, paired
-from sipo.evaluation.indicators import Array, hypervolume, igd_plus, inner_product, nondominated, spread, standardise
+from sipo.evaluation.bootstrap import draws
+from sipo.evaluation.comparing import compare, comparisons
+from sipo.evaluation.indicators import (
+    Array,
+    got_shares,
+    inner_product,
+    miscalibration,
+    monotonicity,
+    nondominated,
+    spread,
+    standardise,
+)
+from sipo.evaluation.job_account import JobAccount
 from sipo.evaluation.judging import Rewards
+from sipo.evaluation.measured import Made, Measure, beat_both, relative
 from sipo.evaluation.methods import Method
-from sipo.evaluation.plan import EXACT, Plan, shown
-from sipo.evaluation.report import AtWeight, Comparison, EvaluationReport, Interval, MethodResult, Sample, SampleAnswer
-from sipo.preferences import Weights
+from sipo.evaluation.plan import Plan, shown
+from sipo.evaluation.report import (
+    AtWeight,
+    Calibration,
+    EvaluationReport,
+    Interval,
+    MethodResult,
+    Sample,
+    SampleAnswer,
+    UnseenWeight,
+)
+from sipo.evaluation.unseen import at_unseen
 
 SAMPLES = 4
 """Prompts whose answers are shown side by side, evenly spread over all."""
+BINS = 16
+"""Of a histogram, from the least reward of any answer to the greatest."""
 _WORD = re.compile(r"\w")
+
+Divergences = Mapping[str, Sequence[Sequence[float]]]
+"""By method: of each prompt that was looked at, a mean per-token KL at each of the method's points."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a report shows beside what was measured."""
+
+    data: Mapping[str, ConflictReport] = field(default_factory=dict)
+    jobs: Sequence[JobAccount] = ()
 
 
 def summarise(
@@ -31,188 +67,216 @@ def summarise(
     answers: Mapping[str, Sequence[Answer]],
     rewards: Mapping[str, Rewards],
     *,
+    validation: Mapping[str, Rewards] | None = None,
+    divergences: Divergences | None = None,
+    context: Context | None = None,
     against: Sequence[str] = (),
     seed: int = 0,
     seconds: Mapping[str, float],
 ) -> EvaluationReport:
-    """`rewards` by objective, `against` as for `comparisons`, `seed` of the bootstrap's draws."""
-    standards = _standards(plan, rewards)
-    made = [_Made.of(plan, method, answers[method.name], rewards, standards) for method in plan.methods]
-    measure = _Measure(np.zeros(len(plan.objectives)), draws(len(plan.prompts), seed=seed), [one.scores for one in made])
-    originals = _scores(plan, None, rewards, standards) if plan.has_originals else None
-    first = plan.base_method or plan.methods[0]
+    """`rewards` by objective and further judge, `validation` likewise those of the base's answers to the validation prompts;
+    `against` as for `comparisons`, `seed` of the bootstrap's draws."""
+    standards = _standards(plan, rewards if validation is None else validation)
+    whole = [_made(plan, method, answers[method.name], rewards, standards) for method in plan.methods]
+    parts = [one.split(plan.seen(one.method)) for one in whole]
+    made = [seen for seen, _ in parts]
+    measure = Measure(np.zeros(len(plan.objectives)), draws(len(plan.prompts), seed=seed), [one.scores for one in made])
+    summary = _Summary(plan, made, measure, _originals(plan, rewards), standards, divergences or {})
+    pairs = comparisons([one.method.name for one in made], against)
+    compared, verdicts = compare(made, pairs, plan.objectives, measure, originals=summary.originals, seed=seed)
+    context = context or Context()
     return EvaluationReport(
         name=plan.name,
         made=datetime.now(UTC),
-        base=first.base.ref.name,
+        base=(plan.base_method or plan.methods[0]).base.ref.name,
         prompts=len(plan.prompts),
         prompts_sha256=plan.prompts_sha256,
         objectives=plan.objectives,
         judges={objective: shown(address) for objective, address in plan.judges.items()},
+        also={name: shown(address) for name, address in plan.also.items()},
+        filtered=filtered(plan, context.jobs),
         reference_point=dict.fromkeys(plan.objectives, 0.0),
         standardised=standards,
+        standardised_on=len(plan.validation) or None,
         max_tokens=plan.max_tokens,
-        methods=[_result(plan, one, index, measure, originals) for index, one in enumerate(made)],
-        comparisons=_comparisons(made, comparisons(plan.methods, against), measure),
+        methods=[summary.result(index, at_unseen(*both, plan.objectives, measure)) for index, both in enumerate(parts)],
+        comparisons=compared,
+        verdicts=verdicts,
+        originals=summary.preferred,
+        agreement=agreements(plan, answers, rewards, seed=seed),
+        bins={name: list(map(float, edges)) for name, edges in summary.bins.items()},
+        data=dict(context.data),
+        jobs=list(context.jobs),
         samples=[_sample(plan, made, index) for index in _shown_prompts(len(plan.prompts))],
         seconds=dict(seconds),
-        tokens={one.method.name: int(one.tokens.sum()) for one in made},
+        tokens={one.method.name: int(one.tokens.sum()) for one in whole},
     )
-
-
-def comparisons(methods: Sequence[Method], against: Sequence[str]) -> list[tuple[str, str]]:
-    """Which methods are compared with which: all with those of `against`, or, where that names none, each with all before it.
-
-    Raises InvalidRequest for a name that no method has.
-    """
-    names = [method.name for method in methods]
-    if unknown := next((name for name in against if name not in names), None):
-        raise InvalidRequest(f"there is no method {unknown!r} to compare with: there are {', '.join(names)}", param="against")
-    if not against:
-        return [(later, earlier) for earlier, later in combinations(names, 2)]
-    pairs = [(name, other) for other in against for name in names if name != other]
-    return [pair for index, pair in enumerate(pairs) if pair[::-1] not in pairs[:index] and pair not in pairs[:index]]
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A method's answers by weight and prompt: `scores` [weights, prompts, objectives], `tokens` [weights, prompts], `texts` and
-    `truncated` likewise."""
-
-    method: Method
-    scores: Array
-    tokens: Array
-    texts: Sequence[Sequence[str]]
-    truncated: Array
-
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        method: Method,
-        answers: Sequence[Answer],
-        rewards: Mapping[str, Rewards],
-        standards: Mapping[str, tuple[float, float]],
-    ) -> _Made:
-        points = len(method.points)
-        by_point = [answers[point::points] for point in range(points)]
-        return cls(
-            method,
-            _scores(plan, method.name, rewards, standards),
-            np.array([[answer.tokens for answer in at] for at in by_point], dtype=np.float64),
-            [[answer.text for answer in at] for at in by_point],
-            np.array([[answer.finish_reason == "length" for answer in at] for at in by_point], dtype=np.float64),
-        )
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """What methods are measured by: the same draws of prompts, and the common front of all of them."""
-
-    reference: Array
-    draws: Array
-    scores: Sequence[Array]
-
-    def hypervolume(self, points: Array) -> float:
-        return hypervolume(points, self.reference)
-
-    def of(self, scores: Array, statistic: Statistic) -> Interval:
-        return interval(of_means(scores, self.draws, statistic), statistic(scores.mean(axis=1)))
-
-    def mean(self, values: Array) -> Interval:
-        """Of one value to each prompt."""
-        return interval(self.draws @ values / len(values), float(values.mean()))
-
-    def igd_plus(self, index: int) -> Interval:
-        """Of the method with this index. The common front moves with the draws, too."""
-        first = sum(len(scores) for scores in self.scores[:index])
-        own = slice(first, first + len(self.scores[index]))
-
-        def statistic(points: Array) -> float:
-            return igd_plus(points[own], points[nondominated(points)])
-
-        return self.of(np.concatenate(self.scores), statistic)
 
 
 def _standards(plan: Plan, rewards: Mapping[str, Rewards]) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of the base's rewards, for objectives whose judges' own zero means nothing."""
     standards = {}
-    for objective, address in plan.judges.items():
-        if address.startswith(EXACT):
-            continue
+    for objective in plan.inexact:
         assert plan.base_method is not None, "the plan has checked it"
         of_base = np.array(rewards[objective][plan.base_method.name], dtype=np.float64)
         if of_base.std() == 0:
             raise SipoError(
-                f"the judge of {objective} ({shown(address)}) gives the same reward, {of_base.flat[0]:g}, to all answers of "
-                f"{plan.base_method.name}: there is nothing to count others by"
+                f"the judge of {objective} ({shown(plan.judges[objective])}) gives the same reward, {of_base.flat[0]:g}, to all "
+                f"answers of {plan.base_method.name}: there is nothing to count others by"
             )
         standards[objective] = (float(of_base.mean()), float(of_base.std()))
     return standards
 
 
-def _scores(plan: Plan, method: str | None, rewards: Mapping[str, Rewards], standards: Mapping[str, tuple[float, float]]) -> Array:
-    """[weights, prompts, objectives]; of the originals, the two responses are in place of the weights."""
-    raw = np.array([rewards[objective][method] for objective in plan.objectives], dtype=np.float64)
+def _made(
+    plan: Plan,
+    method: Method,
+    answers: Sequence[Answer],
+    rewards: Mapping[str, Rewards],
+    standards: Mapping[str, tuple[float, float]],
+) -> Made:
+    raw = _raw(plan.objectives, method.name, rewards)
+    also = _raw(list(plan.also), method.name, rewards) if plan.also else np.empty((*raw.shape[:2], 0))
+    return Made.of(method, answers, _standard(plan, raw, standards), raw, also)
+
+
+def _raw(judges: Sequence[str], method: str | None, rewards: Mapping[str, Rewards]) -> Array:
+    """[weights, prompts, judges]; of the originals, the two responses are in place of the weights."""
+    return np.array([rewards[name][method] for name in judges], dtype=np.float64).transpose(2, 1, 0)
+
+
+def _originals(plan: Plan, rewards: Mapping[str, Rewards]) -> Array | None:
+    """[2, prompts, objectives], in the judges' own units, where there are any."""
+    return _raw(plan.objectives, None, rewards) if plan.has_originals else None
+
+
+def _standard(plan: Plan, raw: Array, standards: Mapping[str, tuple[float, float]]) -> Array:
     mean, std = zip(*(standards.get(objective, (0.0, 1.0)) for objective in plan.objectives), strict=True)
-    return standardise(raw.transpose(2, 1, 0), mean, std)
+    return standardise(raw, mean, std)
 
 
-def _result(plan: Plan, made: _Made, index: int, measure: _Measure, originals: Array | None) -> MethodResult:
-    means = made.scores.mean(axis=1)
-    weights = [list(point.values()) for point in _weights(plan, made.method)]
-    return MethodResult(
-        name=made.method.name,
-        kind=made.method.kind,
-        source=made.method.source,
-        points=[_at_weight(plan, made, point, measure, originals) for point in range(len(made.method.points))],
-        front=nondominated(means),
-        hypervolume=measure.of(made.scores, measure.hypervolume),
-        igd_plus=measure.igd_plus(index),
-        inner_product=measure.of(made.scores, lambda points: inner_product(points, weights)) if weights else None,
-        spread=dict(zip(plan.objectives, map(float, spread(means)), strict=True)),
-    )
+def filtered(plan: Plan, jobs: Sequence[JobAccount]) -> dict[str, str]:
+    """The judges that filtered the training pairs of any of the jobs: by name, what the job calls the reward model."""
+    filters = {address: name for job in jobs for name, address in job.reward_models.items() if address}
+    return {name: filters[address] for name, address in plan.all_judges.items() if address in filters}
 
 
-def _weights(plan: Plan, method: Method) -> list[Weights]:
-    """In the objectives' order; none of a method that knows no weights."""
-    return [{name: point[name] for name in plan.objectives} for point in method.points if point is not None]
+@dataclass(frozen=True)
+class _Summary:
+    """What the results of all methods are made from. `raw_originals` [2, prompts, objectives]."""
+
+    plan: Plan
+    made: Sequence[Made]
+    measure: Measure
+    raw_originals: Array | None
+    standards: Mapping[str, tuple[float, float]]
+    divergences: Divergences
+
+    @cached_property
+    def originals(self) -> Array | None:
+        """As they count, [2, prompts, objectives]."""
+        return None if self.raw_originals is None else _standard(self.plan, self.raw_originals, self.standards)
+
+    @cached_property
+    def preferred(self) -> dict[str, dict[str, float]]:
+        return {} if self.raw_originals is None else _preferred(self.raw_originals, self.plan.objectives)
+
+    @cached_property
+    def baseline(self) -> Made | None:
+        return next((one for one in self.made if one.method is self.plan.baseline), None)
+
+    @cached_property
+    def bins(self) -> dict[str, Array]:
+        """Edges [BINS + 1] by objective."""
+        rewards = np.concatenate([one.scores.reshape(-1, len(self.plan.objectives)) for one in self.made])
+        return {name: np.histogram_bin_edges(rewards[:, index], BINS) for index, name in enumerate(self.plan.objectives)}
+
+    def result(self, index: int, unseen: list[UnseenWeight]) -> MethodResult:
+        made, measure = self.made[index], self.measure
+        means, weights = made.scores.mean(axis=1), made.weights(self.plan.objectives)
+        got = got_shares(means) if len(weights) > 1 else None
+        return MethodResult(
+            name=made.method.name,
+            kind=made.method.kind,
+            source=made.method.source,
+            points=[self._at_weight(made, point, None if got is None else got[point]) for point in range(len(made.points))],
+            front=nondominated(means),
+            hypervolume=measure.of(made.scores, measure.hypervolume),
+            igd_plus=measure.igd_plus(index),
+            inner_product=measure.of(made.scores, lambda points: inner_product(points, weights)) if len(weights) else None,
+            spread=dict(zip(self.plan.objectives, map(float, spread(means)), strict=True)),
+            calibration=None if got is None else self._calibration(made, weights),
+            unseen=unseen,
+        )
+
+    def _calibration(self, made: Made, weights: Array) -> Calibration:
+        means = made.scores.mean(axis=1)
+        return Calibration(
+            difference=self.measure.of(made.scores, lambda points: miscalibration(points, weights)),
+            monotonicity={
+                name: monotonicity(weights[:, index], means[:, index]) for index, name in enumerate(self.plan.objectives)
+            },
+        )
+
+    def _at_weight(self, made: Made, point: int, got: Array | None) -> AtWeight:
+        measure, objectives, also = self.measure, self.plan.objectives, list(self.plan.also)
+        texts = [text.strip() for text in made.texts[point]]
+        times = Counter(texts)
+        scores = made.scores[point]
+        return AtWeight(
+            weights=made.points[point],
+            rewards=measure.means(scores, objectives),
+            tokens=measure.mean(made.tokens[point]),
+            truncated=float(made.truncated[point].mean()),
+            empty=sum(not _WORD.search(text) for text in texts) / len(texts),
+            distinct=sum(times[text] == 1 for text in texts) / len(texts),
+            dominating=None if self.originals is None else measure.mean(beat_both(scores, self.originals)),
+            over_originals=self._over_originals(made.raw[point].mean(axis=0)),
+            length_controlled=self._length_controlled(made, point),
+            got=None if got is None else dict(zip(objectives, map(float, got), strict=True)),
+            also=measure.means(made.also[point], also),
+            also_difference={} if self.baseline is None else measure.means(made.also[point] - self.baseline.also[0], also),
+            histograms={name: np.histogram(scores[:, index], self.bins[name])[0].tolist() for index, name in enumerate(objectives)},
+            divergence=self._divergence(made.method, point),
+        )
+
+    def _over_originals(self, means: Array) -> dict[str, float | None] | None:
+        if not self.preferred:
+            return None
+        objectives = self.plan.objectives
+        best = np.array([max(row[name] for row in self.preferred.values()) for name in objectives])
+        return relative(means - best, best, objectives)
+
+    def _length_controlled(self, made: Made, point: int) -> dict[str, Interval]:
+        tokens, at = made.tokens[point], float((self.baseline or self.made[0]).tokens.mean())
+        return {
+            name: self.measure.length_controlled(made.scores[point, :, index], tokens, at)
+            for index, name in enumerate(self.plan.objectives)
+        }
+
+    def _divergence(self, method: Method, point: int) -> Interval | None:
+        """Of the prompts that were looked at, which are the first ones: with draws of their own."""
+        if method.name not in self.divergences:
+            return None
+        values = np.array([of_prompt[point] for of_prompt in self.divergences[method.name]], dtype=np.float64)
+        return Measure(self.measure.reference, draws(len(values)), ()).mean(values)
 
 
-def _at_weight(plan: Plan, made: _Made, point: int, measure: _Measure, originals: Array | None) -> AtWeight:
-    texts = [text.strip() for text in made.texts[point]]
-    times = Counter(texts)
-    scores = made.scores[point]
-    dominating = None
-    if originals is not None:
-        beaten = (scores > originals).all(axis=(0, 2))  # both responses, on every objective
-        dominating = measure.mean(beaten.astype(np.float64))
-    return AtWeight(
-        weights=made.method.points[point],
-        rewards={name: measure.mean(scores[:, index]) for index, name in enumerate(plan.objectives)},
-        tokens=measure.mean(made.tokens[point]),
-        truncated=float(made.truncated[point].mean()),
-        empty=sum(not _WORD.search(text) for text in texts) / len(texts),
-        distinct=sum(times[text] == 1 for text in texts) / len(texts),
-        dominating=dominating,
-    )
-
-
-def _comparisons(made: Sequence[_Made], pairs: Sequence[tuple[str, str]], measure: _Measure) -> list[Comparison]:
-    scores = {one.method.name: one.scores for one in made}
-    found = [paired(scores[name], scores[other], measure.draws, measure.hypervolume) for name, other in pairs]
-    corrected = holm([p_value for _, p_value in found])
-    return [
-        Comparison(method=name, against=other, difference=difference, p_value=p_value)
-        for (name, other), (difference, _), p_value in zip(pairs, found, corrected, strict=True)
-    ]
+def _preferred(originals: Array, objectives: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The rows of Table 2: mean rewards of the originals that each objective's judge prefers; of two equal ones the first."""
+    prompts = np.arange(originals.shape[1])
+    rows = {}
+    for index, name in enumerate(objectives):
+        means = originals[originals[..., index].argmax(axis=0), prompts].mean(axis=0)
+        rows[name] = dict(zip(objectives, map(float, means), strict=True))
+    return rows
 
 
 def _shown_prompts(prompts: int) -> list[int]:
     return sorted({round(step * (prompts - 1) / (SAMPLES - 1)) for step in range(SAMPLES)})
 
 
-def _sample(plan: Plan, made: Sequence[_Made], index: int) -> Sample:
+def _sample(plan: Plan, made: Sequence[Made], index: int) -> Sample:
     answers = [
         SampleAnswer(
             method=one.method.name,
@@ -221,6 +285,6 @@ def _sample(plan: Plan, made: Sequence[_Made], index: int) -> Sample:
             rewards=dict(zip(plan.objectives, map(float, one.scores[point, index]), strict=True)),
         )
         for one in made
-        for point, weights in enumerate(one.method.points)
+        for point, weights in enumerate(one.points)
     ]
     return Sample(prompt=plan.prompts[index].prompt, answers=answers)

@@ -9,10 +9,25 @@ from typing import Any
 
 import pytest
 
+from sipo.datasets import ConflictReport, PairConflict
+from sipo.evaluation.job_account import CurvePoint, JobAccount, RoundShown, StageShown, TrainingShown
 from sipo.evaluation.page import write_page
-from sipo.evaluation.page.pictures import staircase
-from sipo.evaluation.page.words import answer, comparison_in_words, number, percent, places, warnings
-from sipo.evaluation.report import AtWeight, Comparison, EvaluationReport, Interval, Kind, MethodResult, Sample, SampleAnswer
+from sipo.evaluation.page.front import staircase
+from sipo.evaluation.page.words import answer, comparison_in_words, findings, number, percent, places, warnings
+from sipo.evaluation.report import (
+    AtWeight,
+    Calibration,
+    Comparison,
+    EvaluationReport,
+    Improvement,
+    Interval,
+    Kind,
+    MethodResult,
+    Sample,
+    SampleAnswer,
+    UnseenWeight,
+    Verdict,
+)
 from sipo.preferences import Weights
 
 pytestmark = pytest.mark.slow
@@ -276,4 +291,140 @@ def test_a_front_in_two_objectives_leaves_out_what_is_dominated() -> None:
         (0.1, 0.5),
         (0.2, 0.4),
         (0.3, 0.2),
+    ]
+
+
+def full(seed: int) -> MethodResult:
+    """A method's result with all that there may be."""
+
+    def point(w: float) -> AtWeight:
+        return at(
+            {"concise": w, "warm": 1 - w},
+            {"concise": 0.1 + 0.3 * w, "warm": 0.4 - 0.3 * w},
+            dominating=around(0.4),
+            over_originals={"concise": 0.25, "warm": None},
+            length_controlled={"concise": around(0.15), "warm": around(0.25)},
+            got={"concise": w**2, "warm": 1 - w**2},
+            also={"loud": around(2.5)},
+            also_difference={"loud": around(-0.5)},
+            histograms={"concise": [1, 5, 2], "warm": [0, 8, 0]},
+            divergence=around(0.31),
+        )
+
+    plain = method(f"mod@{seed}", "mod", [point(w) for w in (0.0, 0.5, 1.0)], 0.1)
+    unseen = UnseenWeight(
+        weights={"concise": 0.25, "warm": 0.75},
+        rewards={"concise": around(0.2), "warm": around(0.3)},
+        inner_product=around(0.275),
+        gap=around(-0.033),
+    )
+    calibration = Calibration(difference=around(0.083), monotonicity={"concise": 1.0, "warm": None})
+    return plain.model_copy(update={"unseen": [unseen], "calibration": calibration})
+
+
+def over_base(seed: int) -> Comparison:
+    improvements = [
+        Improvement(
+            weights={"concise": w, "warm": 1 - w},
+            rewards={"concise": around(0.1), "warm": around(-0.02)},
+            average=around(0.04),
+            relative={"concise": 0.5, "warm": -0.125},
+            dominating=around(0.2),
+            relative_dominating=None,
+        )
+        for w in (0.0, 0.5, 1.0)
+    ]
+    return Comparison(
+        method=f"mod@{seed}", against="base", difference=around(0.07 + seed / 100), p_value=0.004, improvements=improvements
+    )
+
+
+JOB = JobAccount(
+    job="job-7",
+    policy="demo",
+    rounds=[
+        RoundShown(
+            round=1,
+            prompts=300,
+            failed=2,
+            candidates=2400,
+            rejected={"worse_than_original": 1800},
+            accepted=160,
+            pairs=320,
+            stages={"rewrite": StageShown(candidates=1200, truncated=60, truly_better=300)},
+            chosen=160,
+            chosen_better=80,
+            available=190,
+            order={"warm": (75, 100)},
+        )
+    ],
+    trainings=[
+        TrainingShown(
+            round=0,
+            objective="warm",
+            pairs=300,
+            steps=2,
+            loss=(0.693, 0.512),
+            accuracy=(0.5, 0.78),
+            held_out=True,
+            curve=[CurvePoint(step=step, loss=0.7 - step / 10, validation=step == 2) for step in (1, 2)],
+        )
+    ],
+)
+
+
+def test_a_page_shows_all_that_a_report_may_have(tmp_path: Path) -> None:
+    compared = [over_base(1), over_base(2)]
+    base = BASE.model_copy(update={"points": [full(1).points[0].model_copy(update={"weights": None, "got": None})]})
+    whole = report(
+        [base, full(1), full(2)],
+        comparisons=compared,
+        verdicts=[Verdict(method="mod", against="base", seeds=["1", "2"], verdict="wins")],
+        also={"loud": "python:loud"},
+        filtered={"warm": "kind"},
+        originals={"concise": {"concise": 0.3, "warm": 0.1}, "warm": {"concise": 0.2, "warm": 0.35}},
+        agreement={"warm": around(0.71)},
+        bins={"concise": [0.0, 0.25, 0.5, 0.75], "warm": [0.0, 0.5, 1.0, 1.5]},
+        data={"train.jsonl": ConflictReport(385, {}, 385, 218, [PairConflict("concise", "warm", 385, 218)])},
+        jobs=[JOB],
+    )
+    page = Page(write_page(whole, tmp_path))
+    for words in (
+        "python:warm; it filtered the training pairs Judge of loud python:loud; no objective",
+        "mod wins over base, in every seed: hypervolume differs by 0.080 to 0.090 over seeds 1, 2; greatest p = 0.004.",
+        "Each seed is compared by itself",
+        "mod against base: wins mod@1, base 0.080 (0.068 to 0.092) 0.004 yes",
+        "The judge of warm filtered the training pairs (the job’s reward model kind)",
+        "mod@2 0.083 (0.071 to 0.095) 1.00 –",
+        "mod@1 over base concise 0, warm 1 0.040 (0.028 to 0.052) 0.100 (0.088 to 0.112) +50 % −0.020 (−0.032 to −0.008) −12 %",
+        "+20 % (+19 % to +21 %) –",
+        "better in warm 0.200 0.350",
+        "concise 0, warm 1 0.100 0.400 +25 % –",
+        "concise 0.25, warm 0.75 0.200 (0.188 to 0.212) 0.300 (0.288 to 0.312) 0.275 (0.263 to 0.287) −0.033",
+        "2.500 (2.488 to 2.512) −0.500",
+        "0.310 (0.298 to 0.322)",
+        "warm 71 % (70 % to 72 %)",
+        "train.jsonl concise and warm 385 218 57 %",
+        "rejected: worse than original 1,800",
+        "made by rewrite 1,200 5 % 25 %",
+        "prompts with a better one 190",
+        "warm: order of the implicit reward 100 75 %",
+        "First alignment warm 300 2 0.693 0.512 0.500 0.780 held-out pairs",
+    ):
+        assert words in page.text, words
+    pictures = ["calibration", "front", "hypervolume", "improvement", "rewards-1", "rewards-2", "training-1"]
+    assert sorted(path.stem for path in tmp_path.glob("*.svg")) == pictures
+    assert len(page.all("svg")) == len(pictures)
+    assert any("mod@1: asked concise 0, warm 1, got concise 0, warm 1" in str(one["aria-label"]) for one in page.all("svg"))
+    drawn = [text.text for text in ET.parse(tmp_path / "front.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert "mod (seeds 1, 2)" in drawn
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_what_seeds_do_not_agree_on_is_not_decided() -> None:
+    verdict = Verdict(method="mod", against="base", seeds=["1", "2"], verdict="not decided")
+    page = report([BASE, full(1), full(2)], comparisons=[over_base(1), over_base(2)], verdicts=[verdict])
+    assert findings(page) == [
+        "Between mod and base it is not decided: hypervolume differs by 0.080 to 0.090 over seeds 1, 2; greatest p\xa0=\xa00.004."
     ]

@@ -11,7 +11,7 @@ import pytest
 
 from sipo.conversation import Message
 from sipo.errors import InvalidData, InvalidRequest, InvalidWeights
-from sipo.evaluation.plan import Plan, points_of, read_judges, shown
+from sipo.evaluation.plan import Plan, points_of, read_addresses, read_judges, shown, unseen_of
 from sipo.evaluation.prompts import TestPrompt, check_unseen, read_prompts
 from tests.evaluation import JUDGES, OBJECTIVES, method_of, plan_of
 
@@ -146,3 +146,38 @@ def test_a_plan_is_the_same_wherever_its_files_lie_and_another_with_other_adapte
     plan: Plan = plan_of([method_of(tmp_path, "base")])
     assert replace(plan, name="another").identity() == plan.identity()
     assert replace(plan, max_tokens=9).identity() != plan.identity()
+
+
+def test_unseen_weights_lie_between_those_that_are_measured() -> None:
+    seen = points_of(OBJECTIVES, [])
+    assert [point["concise"] for point in unseen_of(OBJECTIVES, ["5"], seen)] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert unseen_of(["a", "b", "c"], ["a=0.5,b=0.25,c=0.25"], points_of(["a", "b", "c"], [])) == [{"a": 0.5, "b": 0.25, "c": 0.25}]
+    with pytest.raises(InvalidRequest, match=r"the weights concise=0.5,warm=0.5 are not unseen"):
+        unseen_of(OBJECTIVES, ["1"], points_of(OBJECTIVES, ["3"]))
+    with pytest.raises(InvalidRequest, match="1 or more, is for two objectives"):
+        unseen_of(["a", "b", "c"], ["5"], [])
+    with pytest.raises(InvalidRequest, match="given twice"):
+        unseen_of(OBJECTIVES, ["concise=0.5,warm=0.5", "warm=0.5,concise=0.5"], [])
+
+
+def test_seeds_judges_and_validation_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    base, mod = method_of(tmp_path, "base"), method_of(tmp_path, "mod")
+    with pytest.raises(InvalidRequest, match="'mod' is there with a seed and without"):
+        plan_of([mod, method_of(tmp_path, "mod", "mod@1")])
+    plan = plan_of([base, mod], judges={**JUDGES, "warm": "http://host/score"})
+    with pytest.raises(InvalidRequest, match="'warm' is an objective already"):
+        replace(plan, also={"warm": "python:warm"})
+    with pytest.raises(InvalidRequest, match=r"1 of 4 test prompts is among the prompts to standardise on, such as 'What is 2\?'"):
+        replace(plan, validation=[TestPrompt(prompt="what  is 2?"), TestPrompt(prompt="Else")])
+    with pytest.raises(InvalidRequest, match="one validation prompt has no standard deviation"):
+        replace(plan, validation=[TestPrompt(prompt="Else")])
+    with pytest.raises(InvalidRequest, match="every judge is a function, whose rewards count as they are"):
+        replace(plan_of([base]), validation=[TestPrompt(prompt="Else"), TestPrompt(prompt="More")])
+    with pytest.raises(InvalidRequest, match="cannot be an objective's name"):
+        read_addresses(["mod=python:warm"], "also")
+
+
+def test_further_judges_belong_to_a_plan_and_the_rest_of_a_report_does_not(tmp_path: Path) -> None:
+    plan = plan_of([method_of(tmp_path, "base")], judges={**JUDGES, "warm": "http://host/score"})
+    assert replace(plan, also={"simple": "python:simple"}).identity() != plan.identity()
+    assert replace(plan, validation=[TestPrompt(prompt="Else"), TestPrompt(prompt="More")]).identity() == plan.identity()

@@ -16,10 +16,13 @@ from sipo.errors import InvalidRequest
 from sipo.evaluation.indicators import (
     Array,
     agreement,
+    got_shares,
     hypervolume,
     igd_plus,
     inner_product,
     length_controlled,
+    miscalibration,
+    monotonicity,
     nondominated,
     spread,
     standardise,
@@ -163,3 +166,24 @@ def test_what_does_not_fit_is_refused_by_name(call: Callable[[], object], param:
     with pytest.raises(InvalidRequest, match=message) as refused:
         call()
     assert refused.value.param == param
+
+
+def test_what_a_weight_got_is_its_place_between_least_and_greatest() -> None:
+    points = [[0, 30], [1, 20], [4, 10]]
+    weights = [[0, 1], [0.5, 0.5], [1, 0]]
+    # The middle has 1/4 of the first objective's width and 1/2 of the second's.
+    assert got_shares(points) == pytest.approx(np.array([[0, 1], [1 / 3, 2 / 3], [1, 0]]))
+    assert miscalibration(points, weights) == pytest.approx(2 * (1 / 6) / 6)
+    assert got_shares([[1, 5], [1, 7]]) == pytest.approx(np.array([[0.5, 0.5], [0, 1]]))  # the first got least of all there is
+    with pytest.raises(InvalidRequest, match="weights must have the shape of points"):
+        miscalibration(points, weights[:2])
+
+
+def test_monotonicity_is_the_correlation_of_ranks() -> None:
+    assert monotonicity([0, 0.2, 0.4, 1], [1, 2, 4, 100]) == pytest.approx(1)
+    assert monotonicity([0, 0.2, 0.4, 1], [9, 8, 2, 1]) == pytest.approx(-1)
+    # Ranks 1, 2, 3, 4 and 2, 1, 3.5, 3.5: Pearson's correlation of those.
+    assert monotonicity([0, 1, 2, 3], [5, 4, 7, 7]) == pytest.approx(np.corrcoef([1, 2, 3, 4], [2, 1, 3.5, 3.5])[0, 1])
+    assert monotonicity([0, 1], [3, 3]) is None
+    with pytest.raises(InvalidRequest, match="one to each of 2 asked, not 3"):
+        monotonicity([0, 1], [1, 2, 3])

@@ -15,14 +15,17 @@ from typing import Annotated
 import typer
 
 from gateway.cli.console import complaints, console
+from gateway.cli.evaluate.job import read_job
 from gateway.cli.evaluate.progress import Display
 from gateway.cli.evaluate.results import show_report
 from gateway.shipped import get_set
-from services.common.settings import CommonSettings, load
+from services.common.settings import RewardModelSettings, load
+from sipo.datasets import conflict_report, read
 from sipo.evaluation.methods import FORMS, Methods
-from sipo.evaluation.plan import Plan, points_of, read_judges
+from sipo.evaluation.plan import Plan, open_methods, points_of, read_addresses, read_judges, unseen_of
 from sipo.evaluation.prompts import TestPrompt, check_unseen, read_prompts, unique
 from sipo.evaluation.run import evaluate as run_evaluation
+from sipo.evaluation.summary import Context, filtered
 from sipo.files import expanded
 
 PROMPTS = "FILE..."
@@ -39,7 +42,11 @@ def evaluate(
     ],
     *,
     method: Annotated[
-        list[str], typer.Option(help=f"NAME=KIND:SOURCE, once a method: {FORMS}. SET: NAME[:VERSION], or a folder of adapters.")
+        list[str],
+        typer.Option(
+            help=f"NAME=KIND:SOURCE, once a method: {FORMS}. SET: NAME[:VERSION], or a folder of adapters. NAME@SEED=… for each of "
+            "several trainings of a method."
+        ),
     ],
     judge: Annotated[
         list[str],
@@ -58,7 +65,28 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 128,
     max_prompts: Annotated[int | None, typer.Option(min=2, help="The first of them. Default: all.")] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="A method with which all others are compared. Default: each with all before it.")
+        list[str] | None,
+        typer.Option(help="A method, without seed, with which all others are compared. Default: each with all before it."),
+    ] = None,
+    unseen: Annotated[
+        list[str] | None,
+        typer.Option(help="Further weights at which mod and soup answer, and which count for no front: how many, or each."),
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="NAME=ADDRESS: a further judge, of what is no objective (side effects).")
+    ] = None,
+    standardise_on: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts by the base's answers to which rewards are standardised. Default: the tests'."),
+    ] = None,
+    kl: Annotated[
+        bool, typer.Option("--kl", help="Measure how far policies moved from their reference, on the first 32 prompts.")
+    ] = False,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Labelled training data, whose conflicts are shown. Once a file or hub name.")
+    ] = None,
+    job: Annotated[
+        list[Path] | None, typer.Option(metavar="REPORT", help="A job's report.json, or its folder: what its policies come from.")
     ] = None,
     not_in: Annotated[
         list[str] | None, typer.Option(help="Training data: prompts that are in it are refused. Once a file or hub name.")
@@ -77,21 +105,42 @@ def evaluate(
 
       sipo evaluate prompts.txt --method tuned=base:models/tuned --method sipo=soup:runs/second@models/tuned \\
         --method modpo=models:modpo.yaml@models/tuned --judge helpful=hf:HELPFUL --judge harmless=hf:HARMLESS --out runs/front
+
+      sipo evaluate prompts.txt --method base --method mod@1=mod:runs/first-1 --method mod@2=mod:runs/first-2 \\
+        --method sipo@1=mod:runs/second-1 --method sipo@2=mod:runs/second-2 --against mod --unseen 5 \\
+        --judge concise=python:concise --judge warm=python:warm --also simple=python:simple --out runs/seeds
     """
     asked = _read(prompts, max_prompts)
     for source in not_in or []:
         check_unseen(asked, [one.prompt for one in read_prompts(source, held_out=False)], source)
     judges = read_judges(judge)
     objectives = list(judges)
-    common = load(CommonSettings)
-    methods = Methods(common.model, common.cache_dir, partial(get_set, common), objectives, points_of(objectives, weights or []))
+    common = load(RewardModelSettings)
+    points = points_of(objectives, weights or [])
+    further = unseen_of(objectives, unseen, points) if unseen else []
+    methods = Methods(common.model, common.cache_dir, partial(get_set, common), objectives, points)
     folder = expanded(out).absolute()
-    plan = Plan(folder.name, asked, [methods.open(text) for text in method], judges, max_tokens)
+    plan = Plan(
+        folder.name,
+        asked,
+        open_methods(methods, method, further),
+        judges,
+        max_tokens,
+        also=read_addresses(also or [], "also"),
+        validation=read_prompts(standardise_on) if standardise_on else (),
+        unseen=further,
+    )
+    context = Context(
+        data={source: conflict_report(read(source).labelled()) for source in data or []},
+        jobs=[read_job(expanded(path), common.reward_models) for path in job or []],
+    )
+    for name, model in filtered(plan, context.jobs).items():
+        complaints.print(f"warning: the judge of {name} filtered the training pairs, as {model}", markup=False)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # between our own lines its log would tell nobody anything
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     try:
         with Display() as display:
-            report = run_evaluation(plan, folder, display.tell, against=against or [], seed=seed)
+            report = run_evaluation(plan, folder, display.tell, against=against or [], seed=seed, divergence=kl, context=context)
     except KeyboardInterrupt:
         complaints.print(f"stopped: the same command goes on with what is in {folder}", markup=False)
         raise

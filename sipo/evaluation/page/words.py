@@ -8,11 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import floor, log10
 
-from sipo.evaluation.report import AtWeight, Comparison, EvaluationReport, Interval, Kind, MethodResult, SampleAnswer
+from sipo.evaluation.comparing import certain
+from sipo.evaluation.report import (
+    AtWeight,
+    Comparison,
+    EvaluationReport,
+    Interval,
+    Kind,
+    MethodResult,
+    SampleAnswer,
+    Verdict,
+    family,
+    seed_of,
+)
 from sipo.preferences import Weights
 
 _KINDS: Mapping[Kind, str] = {
     "base": "alone",
+    "reference": "what its policies were aligned from, alone",
     "mod": "its policies mixed in logit space",
     "soup": "its policies merged",
     "models": "a model of its own for each weight",
@@ -39,6 +52,12 @@ def percent(share: float) -> str:
     if 0 < share < 0.01:
         return "<\xa01\xa0%"
     return ">\xa099\xa0%" if 0.99 < share < 1 else f"{100 * share:.0f}\xa0%"
+
+
+def signed_percent(share: float) -> str:
+    """Of a difference, in whole percents."""
+    text = f"{100 * share:+.0f}"
+    return f"{'0' if float(text) == 0 else text.replace('-', '−')}\xa0%"
 
 
 def between(interval: Interval, decimals: int) -> str:
@@ -73,11 +92,6 @@ def method_in_words(method: MethodResult) -> str:
 # The answer
 
 
-def certain(comparison: Comparison) -> bool:
-    """The interval is that of one comparison, the p value knows of all: both must agree."""
-    return comparison.p_value < 0.05 and (comparison.difference.low > 0 or comparison.difference.high < 0)
-
-
 def comparison_in_words(comparison: Comparison) -> str:
     difference, method, against = comparison.difference, comparison.method, comparison.against
     decimals = places([difference])
@@ -88,6 +102,47 @@ def comparison_in_words(comparison: Comparison) -> str:
         f"(95\xa0%: {between(difference, decimals)}, {_p_value(comparison.p_value)})."
     )
     return found if certain(comparison) else f"Between {method} and {against} no difference is certain: {found}"
+
+
+def findings(report: EvaluationReport) -> list[str]:
+    """A sentence for every two methods that were compared; where trainings have seeds, for every two families."""
+    if not seeded(report):
+        return [comparison_in_words(comparison) for comparison in report.comparisons]
+    return [verdict_in_words(verdict, report) for verdict in report.verdicts]
+
+
+def diverged(report: EvaluationReport) -> bool:
+    return any(point.divergence for method in report.methods for point in method.points)
+
+
+def seeded(report: EvaluationReport) -> bool:
+    return any(seed_of(method.name) for method in report.methods)
+
+
+def verdict_in_words(verdict: Verdict, report: EvaluationReport) -> str:
+    of_both = compared(verdict, report)
+    if not verdict.seeds:
+        return comparison_in_words(of_both[0])
+    decimals = places(one.difference for one in of_both)
+    sizes = sorted(one.difference.value for one in of_both)
+    found = f"{number(sizes[0], decimals)} to {number(sizes[-1], decimals)}"
+    if len(verdict.seeds) == 1:
+        seeds, found = f"seed {verdict.seeds[0]}", number(sizes[0], decimals)
+    else:
+        seeds = f"seeds {', '.join(verdict.seeds)}"
+    size = f"hypervolume differs by {found} over {seeds}; greatest {_p_value(max(one.p_value for one in of_both))}"
+    match verdict.verdict:
+        case "wins":
+            return f"{verdict.method} wins over {verdict.against}, in every seed: {size}."
+        case "loses":
+            return f"{verdict.method} loses to {verdict.against}, in every seed: {size}."
+        case "not decided":
+            return f"Between {verdict.method} and {verdict.against} it is not decided: {size}."
+
+
+def compared(verdict: Verdict, report: EvaluationReport) -> list[Comparison]:
+    """The comparisons that the verdict is made of."""
+    return [one for one in report.comparisons if (family(one.method), family(one.against)) == (verdict.method, verdict.against)]
 
 
 def answer(report: EvaluationReport) -> str:
@@ -106,15 +161,22 @@ def _s(name: str) -> str:
 
 
 def _p_value(value: float) -> str:
-    return "p\xa0<\xa00.001" if value < 0.001 else f"p\xa0=\xa0{value:.2g}"
+    return f"p\xa0{p_number(value)}" if value < 0.001 else f"p\xa0=\xa0{p_number(value)}"
+
+
+def p_number(value: float) -> str:
+    return "<\xa00.001" if value < 0.001 else f"{value:.2g}"
 
 
 # Warnings
 
 
 def warnings(report: EvaluationReport) -> list[str]:
-    """What makes a method's answers useless though its figures may look well, a sentence each."""
-    found = []
+    """What makes a method's answers, or a judge's rewards, useless though the figures may look well, a sentence each."""
+    found = [
+        f"The judge of {name} filtered the training pairs (the job’s reward model {model}): it judges what was chosen to please it."
+        for name, model in report.filtered.items()
+    ]
     for method in report.methods:
         for what, shares in (
             ("answers are empty", [(point, point.empty) for point in method.points if point.empty > MOST_EMPTY]),
@@ -177,6 +239,27 @@ def hypervolumes_in_words(report: EvaluationReport) -> str:
     decimals = places(method.hypervolume for method in report.methods)
     volumes = (f"{method.name} {with_interval(method.hypervolume, decimals)}" for method in report.methods)
     return f"Hypervolumes, with 95 % intervals: {'; '.join(volumes)}."
+
+
+def calibrations_in_words(report: EvaluationReport) -> str:
+    shares = [
+        f"{method.name}: "
+        + "; ".join(f"asked {weight(point.weights)}, got {by_name(point.got, 2)}" for point in method.points if point.got)
+        for method in report.methods
+        if method.calibration
+    ]
+    return f"Shares of the objectives, asked and got. {'. '.join(shares)}."
+
+
+def improvements_in_words(report: EvaluationReport) -> str:
+    decimals = places(one.average for comparison in report.comparisons for one in comparison.improvements)
+    lines = [
+        f"{comparison.method} over {comparison.against}: "
+        + "; ".join(f"{weight(one.weights)} {with_interval(one.average, decimals)}" for one in comparison.improvements)
+        for comparison in report.comparisons
+        if comparison.improvements
+    ]
+    return f"Mean improvement over all objectives by weight, with 95 % intervals. {'. '.join(lines)}."
 
 
 # What the tables show
