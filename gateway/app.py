@@ -12,10 +12,11 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from gateway.jobs.feeder import Feeder
-from gateway.routes import completions, jobs, models
+from gateway.routes import completions, evaluations, jobs, models
 from gateway.routes import queue as queue_routes
 from gateway.settings import GatewaySettings
 from services.common.background import beside
+from services.common.contract.evaluation_store import EvaluationStore
 from services.common.contract.job_store import JobStore
 from services.common.queue import Queue, unanswered
 from services.common.web import app as common
@@ -38,10 +39,11 @@ def create_app(settings: GatewaySettings, decoder: httpx.AsyncClient, redis: Red
     app = common.create_app("gateway", settings, lifespan, partial(unanswered, redis))
     app.state.policies = settings.policies
     app.state.jobs = job_store
+    app.state.evaluations = EvaluationStore(redis)
     app.state.queue = queue
     app.state.decoder = decoder
     app.add_exception_handler(RedisConnectionError, _queue_server_away)
-    for routes in (completions, models, jobs, queue_routes):
+    for routes in (completions, models, jobs, evaluations, queue_routes):
         app.include_router(routes.router)
     return app
 

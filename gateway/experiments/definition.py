@@ -13,8 +13,10 @@ from gateway.experiments.cost import Cost
 from services.common.contract.jobs import JobSpec
 from sipo.datasets import bundled_examples, read
 from sipo.errors import InvalidRequest, NotFound
+from sipo.evaluation.comparing import MOST_REPORTS
 from sipo.evaluation.plan import points_of
 from sipo.evaluation.prompts import TestPrompt, read_prompts
+from sipo.evaluation.report import SEED
 from sipo.files import expanded
 from sipo.models import BUNDLED_MODEL
 from sipo.preferences import Example, ObjectiveName, Weights, check_objectives
@@ -152,7 +154,7 @@ class Method(Record):
 
 
 class Evaluate(Stage):
-    """All seeds in one report, whose comparisons are made seed by seed."""
+    """A report of each seed."""
 
     kind: Literal["evaluate"]
     seed: None = None
@@ -191,7 +193,7 @@ class Experiment(Record):
     standardise_on: str | None = Field(default=None, description="prompts, as those, by the base's answers to which rewards count")
     weights: int | list[str] | None = Field(default=None, description="of evaluations, LW and MODPO, as `sipo evaluate` has them")
     max_tokens: int = Field(default=128, ge=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=MOST_REPORTS)
     stages: list[Stage] = Field(min_length=1)
     cost: Cost | None = None
 
@@ -206,6 +208,14 @@ class Experiment(Record):
     @property
     def defaults(self) -> Preset:
         return read_preset(self.preset)
+
+    def chosen_seeds(self, chosen: Sequence[int] | None) -> list[int]:
+        """In their order; None: all. Raises InvalidRequest for one that the experiment does not have."""
+        if chosen and (unknown := set(chosen) - set(self.seeds)):
+            raise InvalidRequest(
+                f"{self.name} has no seed {min(unknown)}: its seeds are {', '.join(map(str, self.seeds))}", param="seed"
+            )
+        return [seed for seed in self.seeds if not chosen or seed in chosen]
 
     def points(self) -> list[Weights]:
         return points_of(self.objectives, self.weight_texts())
@@ -358,6 +368,10 @@ def _check_own(experiment: Experiment, stage: Stage, earlier: Mapping[str, Stage
     elif isinstance(stage, Evaluate):
         methods = stage.read_methods()
         names = [method.name for method in methods]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InvalidRequest(f"two methods are called {twice!r}: each needs a name of its own")
+        if seeded := next(filter(SEED.fullmatch, names), None):
+            raise InvalidRequest(f"the method {seeded!r} ends with a seed: leave it out, every seed has a report of its own")
         for method in methods:
             if method.stage is not None:
                 _check_use(stage, method.name, earlier, method.stage, MODELS if method.kind == "models" else SETS)

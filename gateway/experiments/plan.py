@@ -2,7 +2,7 @@
 
     <data_dir>/experiments/NAME/data-SHA.jsonl                   the training data
     <data_dir>/experiments/NAME/seed-1/STAGE-KEY/                a stage of one seed
-    <data_dir>/experiments/NAME/all-seeds/STAGE-KEY/             a stage that is made once
+    <data_dir>/experiments/NAME/all-seeds/STAGE-KEY/             a stage that is made once for all
 
 Another setting makes another key, so a folder is of one content for ever, and what there is of others stays. Code is no part of a
 key: what a change of the program spoils is for a person to remove.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,6 @@ from gateway.experiments.definition import (
     Evaluate,
     Experiment,
     ExperimentFile,
-    Method,
     Modpo,
     MoreTraining,
     Round,
@@ -49,7 +48,7 @@ FIXED_SEED = 0
 @dataclass(frozen=True)
 class Step:
     """A stage, made once or for one seed. `uses`: the steps that it builds on, by the stage's field; an evaluation's by the
-    method's name, which ends with the seed where there are several: `sipo@1`."""
+    method's name."""
 
     stage: Stage
     seed: int | None
@@ -80,11 +79,21 @@ class Plan:
         self.file = file
         self.root = root
         self.examples = list(file.examples() if examples is None else examples)
-        self.steps = _Planning(self).all_steps()
+        self.steps = _Planning(self).steps_of(self.experiment.seeds)
 
     @property
     def experiment(self) -> Experiment:
         return self.file.experiment
+
+    @cached_property
+    def key(self) -> str:
+        """Of all that the results of a seed are made from, but for the seed: seeds of one key may be put together."""
+        steps = _Planning(self).steps_of([FIXED_SEED])
+        return sha256(json.dumps([(step.stage.name, step.stage.seed, step.key) for step in steps]))
+
+    def steps_of(self, seeds: Collection[int]) -> list[Step]:
+        """Those of the seeds, with those that are made once for all."""
+        return [step for step in self.steps if step.seed is None or step.seed in seeds]
 
     @cached_property
     def prompts(self) -> list[TestPrompt]:
@@ -112,16 +121,22 @@ class _Planning:
         self.experiment = plan.experiment
         self.of_seed: dict[tuple[str, int | None], Step] = {}
 
-    def all_steps(self) -> list[Step]:
-        """In the order in which they run: seed by seed, so that the first seed tells how long all will take; evaluations last."""
-        for seed in self.experiment.seeds:
+    def steps_of(self, seeds: Sequence[int]) -> list[Step]:
+        """In the order in which they run: seed by seed, so that the first seed tells how long all will take."""
+        for seed in seeds:
             for stage in self.experiment.stages:
                 of = None if stage.seed == "fixed" else seed
-                if not isinstance(stage, Evaluate) and (stage.name, of) not in self.of_seed:
-                    uses = {field: self.found(name, seed) for field, name in stage.used().items()}
+                if (stage.name, of) not in self.of_seed:
+                    uses = {field: self.found(name, seed) for field, name in self.used(stage).items()}
                     self.of_seed[stage.name, of] = self.step(stage, of, uses)
-        evaluations = [stage for stage in self.experiment.stages if isinstance(stage, Evaluate)]
-        return [*self.of_seed.values(), *(self.step(stage, None, self.methods(stage)) for stage in evaluations)]
+        return list(self.of_seed.values())
+
+    @staticmethod
+    def used(stage: Stage) -> dict[str, str]:
+        """Earlier stages, by the field or the method that they are used for."""
+        if isinstance(stage, Evaluate):
+            return {method.name: method.stage for method in stage.read_methods() if method.stage is not None}
+        return stage.used()
 
     def found(self, name: str, seed: int) -> Step:
         return self.of_seed[name, None if self.experiment.stage(name).seed == "fixed" else seed]
@@ -161,25 +176,6 @@ class _Planning:
                 }
             case _:
                 raise AssertionError(stage.kind)
-
-    def methods(self, stage: Evaluate) -> dict[str, Step]:
-        steps: dict[str, Step] = {}
-        for method in stage.read_methods():
-            if method.stage is None:
-                continue
-            for seed in self.experiment.seeds:
-                step = self.found(method.stage, seed)
-                steps.setdefault(method.name if self.made_once(method, step) else f"{method.name}@{seed}", step)
-        return steps
-
-    @staticmethod
-    def made_once(method: Method, step: Step) -> bool:
-        """Of a reference, whether what the policies were aligned from is."""
-        if method.kind != "reference":
-            return step.seed is None
-        while "start" in step.uses:
-            step = step.uses["start"]
-        return "reference" not in step.uses or step.uses["reference"].seed is None
 
 
 def sha256(text: str) -> str:

@@ -1,23 +1,28 @@
-"""What stays of an experiment for people: small results of its finished steps, beside its file, in results/NAME.
+"""What stays of an experiment, for people and for a summary of seeds that ran elsewhere: small results of its finished steps,
+beside its file, in results/NAME.
 
-summary.json                          a Summary
+summary.json                          see gateway.experiments.summary
+seed-1/seed.json                      a SeedResults
 seed-1/STAGE/OBJECTIVE/metrics.json   of a training, with its curve, loss.png
 seed-1/STAGE/report.json              of a round: funnel, and what the candidates were worth
-all-seeds/STAGE/report.json           of an evaluation, without answers, with its picture front.png
+seed-1/STAGE/report.json              of an evaluation, without answers, with its picture as front.png and front.svg
+
+A seed's folder stands alone: what is made once for all seeds is in each of them.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from pydantic import Field
 
 from gateway.experiments.plan import Plan, Step
 from gateway.experiments.result import Result
 from services.common.contract.reports import Report
 from sipo.evaluation.folder import REPORT
-from sipo.evaluation.report import Comparison, EvaluationReport, Interval, Verdict, family, seed_of
+from sipo.evaluation.report import EvaluationReport
 from sipo.files import write_atomically
 from sipo.record import Record
 from sipo.training.run_folder import ADAPTER, CURVE, METRICS, RECIPE
@@ -25,50 +30,48 @@ from sipo.training.run_folder import ADAPTER, CURVE, METRICS, RECIPE
 RESULTS = "results"
 FRONT, RUNS, DATA, JOB_REPORT = "front", "runs", "data", "report.json"
 """In a step's folder: its evaluation, its training runs, what a system has as its data folder, and its job's report."""
-SUMMARY = "summary.json"
+SEED_RESULTS = "seed.json"
 
 
-class Hypervolume(Record):
-    method: str
-    seed: str | None
-    hypervolume: Interval
-
-
-class EvaluationSummary(Record):
-    """`verdicts` are over seeds; p values are corrected by Holm's method over all comparisons of the evaluation."""
-
-    hypervolumes: list[Hypervolume]
-    comparisons: list[Comparison]
-    verdicts: list[Verdict]
-
-
-class Summary(Record):
-    experiment: str
-    description: str
-    evaluations: dict[str, EvaluationSummary]
+class SeedResults(Record):
+    seed: int
+    key: str = Field(description="the experiment's, at that time")
+    finished: bool = Field(description="whether all steps are")
     steps: list[Result]
 
 
-def publish_results(plan: Plan) -> Path:
-    """What there is so far takes the place of what was there before. Returns the folder."""
-    folder = plan.file.path.parent / RESULTS / plan.experiment.name
+def results_folder(plan: Plan) -> Path:
+    return plan.file.path.parent / RESULTS / plan.experiment.name
+
+
+def seed_folder(results: Path, seed: int) -> Path:
+    return results / f"seed-{seed}"
+
+
+def read_seeds(results: Path) -> list[SeedResults]:
+    """Of all seeds that lie there, whichever machine and definition they are of."""
+    found = [SeedResults.model_validate_json(path.read_bytes()) for path in results.glob(f"seed-*/{SEED_RESULTS}")]
+    return sorted(found, key=lambda one: one.seed)
+
+
+def publish_seed(plan: Plan, seed: int) -> None:
+    """What there is so far of a seed takes the place of its earlier results, unless those are finished and these are not."""
+    results = results_folder(plan)
+    folder = seed_folder(results, seed)
+    steps = plan.steps_of([seed])
+    done = [(step, result) for step in steps if (result := step.result()) is not None]
+    finished = len(done) == len(steps)
+    if not finished and any(one.seed == seed and one.finished for one in read_seeds(results)):
+        return
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    finished = [(step, result) for step in plan.steps if (result := step.result()) is not None]
-    for step, _ in finished:
-        _copy_step(step, aside / step.folder.parent.name / step.stage.name)
-    evaluations = {step.stage.name: _summarised(step) for step, _ in finished if step.stage.kind == "evaluate"}
-    summary = Summary(
-        experiment=plan.experiment.name,
-        description=plan.experiment.description,
-        evaluations=evaluations,
-        steps=[result for _, result in finished],
-    )
-    write_atomically(aside / SUMMARY, summary.model_dump_json(indent=1) + "\n")
+    for step, _ in done:
+        _copy_step(step, aside / step.stage.name)
+    of_seed = SeedResults(seed=seed, key=plan.key, finished=finished, steps=[result for _, result in done])
+    write_atomically(aside / SEED_RESULTS, of_seed.model_dump_json(indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-    return folder
 
 
 def _copy_step(step: Step, to: Path) -> None:
@@ -83,9 +86,10 @@ def _copy_step(step: Step, to: Path) -> None:
         shutil.copy(report, to)
     if step.stage.kind == "evaluate":
         to.mkdir(parents=True, exist_ok=True)
-        without_answers = _report(step).model_copy(update={"samples": []})
-        write_atomically(to / REPORT, without_answers.model_dump_json(indent=1) + "\n")
-        shutil.copy(step.folder / FRONT / "front.png", to)
+        whole = EvaluationReport.model_validate_json((step.folder / FRONT / REPORT).read_bytes())
+        write_atomically(to / REPORT, whole.model_copy(update={"samples": []}).model_dump_json(indent=1) + "\n")
+        for picture in (step.folder / FRONT).glob("front.*"):
+            shutil.copy(picture, to)
 
 
 def _metrics(folder: Path) -> Iterator[tuple[Path, Path]]:
@@ -98,19 +102,3 @@ def _metrics(folder: Path) -> Iterator[tuple[Path, Path]]:
             yield path, path.parent.relative_to(home)
     if (recipe := folder / ADAPTER / RECIPE).is_file():
         yield recipe, Path()
-
-
-def _report(step: Step) -> EvaluationReport:
-    return EvaluationReport.model_validate(json.loads((step.folder / FRONT / REPORT).read_bytes()))
-
-
-def _summarised(step: Step) -> EvaluationSummary:
-    report = _report(step)
-    return EvaluationSummary(
-        hypervolumes=[
-            Hypervolume(method=family(method.name), seed=seed_of(method.name), hypervolume=method.hypervolume)
-            for method in report.methods
-        ],
-        comparisons=[comparison.model_copy(update={"improvements": []}) for comparison in report.comparisons],
-        verdicts=report.verdicts,
-    )

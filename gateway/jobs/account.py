@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway.jobs.input import chosen_rows
+from gateway.jobs.input import aligns_first, chosen_rows
 from services.common.contract.jobs import JobSpec
 from services.common.limits import Limits
 from services.common.settings import CommonSettings
@@ -45,7 +45,7 @@ def account(
     except NotFound as error:
         return [*said, f"whether prompts are too long is not known: {error.message}"]
     runs = len(spec.objectives or []) * (spec.rounds + 1)
-    check(needed_by_job(base, spec.alignment, runs), settings.jobs_dir)
+    check(needed_by_job(base, spec.alignment, runs, spec.sft), settings.jobs_dir)
     return [*said, *_lengths(spec, examples, _tokenizer(base), settings.policies, limits)]
 
 
@@ -70,11 +70,14 @@ def _lengths(
     store: PolicyStore,
     limits: Limits | None,
 ) -> list[str]:
-    aligns = spec.sampling_set is None and spec.policy not in store.names()
+    aligns = aligns_first(spec, store)
     prompt_format = PromptFormat.of(tokenizer) if aligns else store.get(spec.sampling_set or spec.policy).manifest.prompt_format
     tokens = _prompt_tokens(examples, prompt_format, tokenizer)
     sampled = [tokens[row] for row in chosen_rows(spec, examples)]
     said = []
+    if spec.sft is not None:
+        most = spec.sft.max_prompt_tokens
+        said += _too_long(tokens, most, f"sft.max_prompt_tokens = {most}", "not fine-tuned on")
     if aligns:
         most = spec.alignment.max_prompt_tokens
         said += _too_long(tokens, most, f"alignment.max_prompt_tokens = {most}", "not trained on in the first alignment")

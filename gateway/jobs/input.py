@@ -6,17 +6,17 @@ counts a caller is told at creation are those of the prompts that run.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from gateway.folders import write_folder
 from services.common.contract.job_files import JobFiles
 from services.common.contract.jobs import JobSpec
 from sipo.errors import Conflict, InvalidRequest
+from sipo.evaluation.prompts import TestPrompt
 from sipo.policies import PolicySet, PolicyStore
 from sipo.preferences import BASE, Example, check_objectives, normalize_weights
+from sipo.training.presets import NOT_OF_SFT
 
 
 def settle_spec(
@@ -37,7 +37,7 @@ def settle_spec(
         if not any(name in example.labels for example in examples):
             labels = ", ".join(sorted({label for example in examples for label in example.labels}))
             raise InvalidRequest(f"no example has a label for {name!r}: the labels found are {labels}", param="objectives")
-    _check_training(spec, objectives)
+    _check_training(spec, objectives, aligns=aligns_first(spec, policies))
     for name in spec.filter.reward_models:
         if name not in reward_models:
             known = ", ".join(sorted(reward_models)) or "none"
@@ -71,7 +71,20 @@ def settle_spec(
     return settled
 
 
-def _check_training(spec: JobSpec, objectives: Sequence[str]) -> None:
+def aligns_first(spec: JobSpec, policies: PolicyStore) -> bool:
+    """Whether there is nothing to improve yet: the job aligns its policies first."""
+    return spec.sampling_set is None and spec.policy not in policies.names()
+
+
+def _check_training(spec: JobSpec, objectives: Sequence[str], *, aligns: bool) -> None:
+    if spec.sft is not None and not aligns:
+        raise InvalidRequest(
+            f"the policies of {spec.policy!r} have their reference already, which a fine-tuning makes for new ones: leave `sft` "
+            "out, or choose a new policy name",
+            param="sft",
+        )
+    if spec.sft is not None and (foreign := sorted(spec.sft.model_fields_set & NOT_OF_SFT)):
+        raise InvalidRequest(f"sft sets {', '.join(foreign)}: fine-tuning has no pairs, leave it out", param="sft")
     for name in spec.learning_rates:
         if name not in objectives:
             raise InvalidRequest(
@@ -88,8 +101,8 @@ def _check_training(spec: JobSpec, objectives: Sequence[str]) -> None:
 def _objectives(spec: JobSpec, examples: Sequence[Example], policies: PolicyStore) -> list[str]:
     if spec.policy == BASE:
         raise InvalidRequest(f"{BASE!r} is the model without policies: choose a name for the policies to align", param="policy")
-    if spec.policy not in policies.names() and spec.sampling_set is None:
-        # Nothing to improve yet: the labels say what one policy each will be aligned for.
+    if aligns_first(spec, policies):
+        # The labels say what one policy each will be aligned for.
         objectives = spec.objectives or list(dict.fromkeys(name for example in examples for name in example.labels))
         if len(set(objectives)) < 2:
             raise InvalidRequest(f"at least two objectives are needed, not just {', '.join(objectives)}", param="objectives")
@@ -135,17 +148,7 @@ def chosen_rows(spec: JobSpec, examples: Sequence[Example]) -> list[int]:
     return [row for row, example in enumerate(examples) if chosen(example)][: spec.max_prompts]
 
 
-def store_input(folder: Path, examples: Iterable[Example]) -> None:
-    """Writes the input of the job in `folder`, which appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
-    try:
-        with JobFiles(aside).input.open("w") as file:
-            file.writelines(f"{example.model_dump_json()}\n" for example in examples)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.chmod(0o755)
-        aside.rename(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+def store_input(folder: Path, examples: Iterable[Example], held_out: Sequence[TestPrompt] = ()) -> None:
+    """Writes the input of the job in `folder`, which appears whole or not at all; `held_out`: the prompts of its evaluation."""
+    files = JobFiles(folder)
+    write_folder(folder, {files.input.name: examples} | ({files.held_out.name: held_out} if held_out else {}))

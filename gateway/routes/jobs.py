@@ -10,36 +10,48 @@ import asyncio
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import FormData, UploadFile
 
+from gateway.folders import remove_folder
 from gateway.jobs.account import account
 from gateway.jobs.decisions import read_decisions, whole_lines
+from gateway.jobs.held_out import held_out_prompts
 from gateway.jobs.input import settle_spec, store_input
 from gateway.jobs.limits import check_limits, decoder_limits
+from gateway.routes.bodies import parse
 from gateway.routes.queue import STREAMS_BY_NAME
 from gateway.settings import GatewaySettings
+from services.common.contract.evaluation_store import EvaluationStore
+from services.common.contract.evaluations import shown_files
 from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job, JobStore, new_job_id
 from services.common.contract.jobs import JobSpec
 from services.common.queue import Queue
 from services.common.web.app import JSONL
-from sipo.datasets import Dataset, joined, read_rows, read_upload
+from sipo.datasets import Dataset, joined
+from sipo.datasets.files import rows_of
+from sipo.datasets.formats import dataset_of
+from sipo.datasets.rows import Row
 from sipo.errors import InvalidRequest, NotFound
+from sipo.evaluation.prompts import TestPrompt
+from sipo.evaluation.task import TaskFolder
 from sipo.preferences import Example
 from sipo.selection import pareto_pairs
-from sipo.validation import explain
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
-M = TypeVar("M", bound=BaseModel)
+class Read(Protocol):
+    """Reads the data of a body; `held_out`: with the rows that their `split` holds out of training. Raises InvalidData."""
+
+    def __call__(self, *, held_out: bool = False) -> Dataset: ...
 
 
 class InlineJob(BaseModel):
@@ -89,10 +101,11 @@ async def create_job(request: Request) -> Job:
     settings: GatewaySettings = request.app.state.settings
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         async with request.form() as form:
-            spec, dataset = await _of_form(form)
+            spec, read = await _of_form(form)
     else:
         inline = _inline(await request.body())
-        spec, dataset = inline.spec, await asyncio.to_thread(read_rows, inline.examples)
+        spec, read = inline.spec, partial(_of_rows, inline.examples)
+    dataset = await asyncio.to_thread(read)
     examples = dataset.labelled()
     settled = await asyncio.to_thread(
         settle_spec, spec, examples, request.app.state.policies, settings.reward_models, settings.teachers
@@ -100,9 +113,14 @@ async def create_job(request: Request) -> Job:
     limits = await decoder_limits(request.app.state.decoder)
     notes = check_limits(settled, limits)
     notes += await asyncio.to_thread(account, settled, examples, dataset.left_out, settings, limits)
+    held_out: list[TestPrompt] = []
+    if settled.evaluation is not None:
+        every = (await asyncio.to_thread(read, held_out=True)).labelled()
+        machine = await _evaluations(request).machine()
+        held_out = await asyncio.to_thread(held_out_prompts, settled, examples, every, settings, machine)
     job_id = new_job_id()
     folder = _folder(request, job_id)
-    await asyncio.to_thread(store_input, folder, examples)
+    await asyncio.to_thread(store_input, folder, examples, held_out)
     try:
         return await _jobs(request).create(settled, id=job_id, notes=notes)
     except BaseException:
@@ -112,7 +130,7 @@ async def create_job(request: Request) -> Job:
 
 def _inline(body: bytes) -> InlineJob:
     try:
-        return _parse(InlineJob, body)
+        return parse(InlineJob, body)
     except InvalidRequest as error:
         if "." in (error.param or ""):  # within the specification or a row: the body's form is right
             raise
@@ -123,7 +141,7 @@ def _inline(body: bytes) -> InlineJob:
         ) from error
 
 
-async def _of_form(form: FormData) -> tuple[JobSpec, Dataset]:
+async def _of_form(form: FormData) -> tuple[JobSpec, Read]:
     """The field `spec`, as text or as a file, and either one file `file` or a file of pairs for each objective, by its name."""
     spec, files = "", []
     for name, part in form.multi_items():
@@ -137,14 +155,17 @@ async def _of_form(form: FormData) -> tuple[JobSpec, Dataset]:
         raise InvalidRequest("the form needs a field `spec`: the job's specification as JSON", param="spec")
     if not files:
         raise InvalidRequest("the form needs a file `file`: the job's data, or a file of pairs for each objective", param="file")
-    parsed = _parse(JobSpec, spec, "spec")
-    return parsed, await asyncio.to_thread(_joined, files)
+    return parse(JobSpec, spec, "spec"), partial(_of_files, files)
 
 
-def _joined(files: Sequence[tuple[str, str, bytes]]) -> Dataset:
+def _of_rows(rows: Sequence[object], *, held_out: bool = False) -> Dataset:
+    return dataset_of([Row.checked(number, row) for number, row in enumerate(rows, start=1)], held_out=held_out)
+
+
+def _of_files(files: Sequence[tuple[str, str, bytes]], *, held_out: bool = False) -> Dataset:
     parts = []
     for name, filename, content in files:
-        dataset = read_upload(content, filename)
+        dataset = dataset_of(rows_of(content, filename), held_out=held_out)
         parts.append(dataset if name == "file" else dataset.of_objective(name))
     return joined(parts)
 
@@ -174,7 +195,7 @@ async def delete_job(job: str, request: Request) -> None:
     known = await _jobs(request).deletable(job)
     queue: Queue = request.app.state.queue
     await queue.discard(known.id, dict(STREAMS_BY_NAME.values()))
-    await asyncio.to_thread(_remove, _folder(request, known.id))
+    await asyncio.to_thread(remove_folder, _folder(request, known.id))
     await _jobs(request).delete(known.id)
 
 
@@ -205,6 +226,23 @@ async def get_report(job: str, request: Request) -> Response:
     return FileResponse(report, media_type="application/json")
 
 
+@router.get("/{job}/evaluations/{round}/{file}", response_class=FileResponse)
+async def get_evaluation_file(job: str, round: int, file: str, request: Request) -> Response:
+    """Of the evaluation of a round: report.json, index.html, which stands alone, or a picture."""
+    files = await _files(request, job)
+    front = TaskFolder(files.evaluation(round)).front
+    shown = shown_files(front) if files.evaluation_outcome(round).exists() and front.is_dir() else []
+    if file not in shown:
+        there = ", ".join(shown) or "none"
+        raise NotFound(f"the evaluation of round {round} of {job} has no file {file!r}: its files are {there}")
+    return FileResponse(front / file)
+
+
+def _evaluations(request: Request) -> EvaluationStore:
+    store: EvaluationStore = request.app.state.evaluations
+    return store
+
+
 def _jobs(request: Request) -> JobStore:
     jobs: JobStore = request.app.state.jobs
     return jobs
@@ -215,22 +253,9 @@ def _folder(request: Request, job: str) -> Path:
     return settings.jobs_dir / job
 
 
-def _remove(folder: Path) -> None:
-    with suppress(FileNotFoundError):  # by an earlier try
-        shutil.rmtree(folder)
-
-
 async def _files(request: Request, job: str) -> JobFiles:
     known = await _jobs(request).get(job)  # so that no path is made of what a caller wrote
     return JobFiles(_folder(request, known.id))
-
-
-def _parse(model: type[M], text: str | bytes, param: str = "") -> M:
-    try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        path, sentence = explain(error, model, at=param)
-        raise InvalidRequest(sentence, param=path or None) from error
 
 
 def _pairs(files: JobFiles) -> Iterator[str]:

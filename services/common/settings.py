@@ -76,6 +76,11 @@ class CommonSettings(BaseSettings):
         return PolicyStore(self.data_dir / "policies")
 
     @property
+    def evaluations_dir(self) -> Path:
+        """A folder per evaluation: see sipo.evaluation.task."""
+        return self.data_dir / "evaluations"
+
+    @property
     def jobs_dir(self) -> Path:
         """A folder per job: see services.common.contract.job_files."""
         return self.data_dir / "jobs"
@@ -88,6 +93,16 @@ class RewardModelSettings(CommonSettings):
         default={},
         description="external reward models that a job's filter may name, as JSON: "
         '{"safety": "hf:FOLDER_OR_HUB_NAME", "quality": "http://HOST/score", "brevity": "python:ENTRY_POINT"}',
+    )
+
+
+class JudgeSettings(CommonSettings):
+    """Of those that choose among the judges of evaluations or ask them."""
+
+    evaluation_judges: dict[ObjectiveName, str] = Field(
+        default={},
+        description="judges that evaluations over HTTP may name, beside python: functions, as JSON: "
+        '{"harmless": "hf:FOLDER_OR_HUB_NAME", "helpful": "http://HOST/score"}',
     )
 
 

@@ -1,4 +1,5 @@
-"""Joins the trainer's parts: the lease, the consumer of decisions, and the jobs' lifecycle, behind /health, /ready and /metrics."""
+"""Joins the trainer's parts: the lease, the consumer of decisions, the jobs' lifecycle and the evaluations, behind /health, /ready
+and /metrics."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 
 from services.common.background import beside
+from services.common.contract.evaluation_store import EvaluationStore
 from services.common.contract.job_store import JobStore
 from services.common.contract.keys import DECISIONS
 from services.common.contract.messages import PromptDecided
@@ -18,6 +20,8 @@ from services.common.local.training import launch_command, run_child
 from services.common.queue import Consumer, unanswered
 from services.common.web import app as common
 from services.common.web.clients import DecoderClient
+from services.trainer.evaluations import Evaluations
+from services.trainer.evaluator import Evaluator
 from services.trainer.lifecycle import Lifecycle
 from services.trainer.rounds import Stages
 from services.trainer.settings import TrainerSettings
@@ -32,7 +36,8 @@ def open_stages(settings: TrainerSettings) -> Stages:
     base = Base.open(settings.model, settings.cache_dir)
     base.prompt_format.check(base.tokenizer)  # here its tokenizer is loaded: a base without one ends the start, not the first job
     command = launch_command(settings.trainer_accelerate, gpu_memory=settings.trainer_gpu_memory)
-    return Stages(base, settings.policies, settings.jobs_dir, partial(run_child, command=command))
+    run_training = partial(run_child, command=command)
+    return Stages(base, settings.policies, settings.jobs_dir, run_training, evaluator=Evaluator(settings))
 
 
 def create_app(
@@ -53,8 +58,9 @@ def create_app(
         state["waiting"] = "another trainer holds the lease"
         async with jobs.lease(TRAINER_LEASE, lease_seconds) as lease:
             lifecycle = Lifecycle(stages, jobs, lease, decoders)
+            evaluations = Evaluations(stages.evaluator, EvaluationStore(redis), lease, lifecycle.turn)
             consumer = Consumer(redis, DECISIONS, model=PromptDecided, batch=BATCH)
-            async with consumer.running(lifecycle.keep):
+            async with consumer.running(lifecycle.keep), beside(evaluations.run()):
                 del state["waiting"]
                 await lifecycle.run()
         raise RuntimeError("the lease was lost")

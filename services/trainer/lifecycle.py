@@ -7,7 +7,7 @@ begins with the state it finds. Changes are made under the trainer's lease, so a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -15,11 +15,10 @@ import structlog
 from redis.exceptions import RedisError
 
 from services.common.background import end_tasks
-from services.common.contract.job_files import ARTIFACTS
-from services.common.contract.job_store import Job, JobStore, Lease
+from services.common.contract.job_store import Job, JobStore
 from services.common.contract.jobs import JobState
 from services.common.contract.messages import PromptDecided
-from services.common.local.training import Tell
+from services.common.contract.records import Lease
 from services.common.queue import Delivery
 from services.common.web.clients import DecoderClient
 from services.trainer.decisions import DecisionLog
@@ -27,7 +26,7 @@ from services.trainer.decoders import asleep
 from services.trainer.reporting import why_not_trainable
 from services.trainer.rounds import Stages
 from sipo.errors import Conflict, NotFound, SipoError, Unavailable
-from sipo.training.settings import Progress
+from sipo.record import Record
 
 log = structlog.get_logger(__name__)
 
@@ -107,8 +106,11 @@ class Lifecycle:
                 await self.stages.train(job, await self._decisions(job), self._teller(job))
             job = await self._advance(job, JobState.EVALUATING, progress={})
         if job.state == JobState.EVALUATING:
+            if self.stages.unevaluated(job):
+                async with self.turn():
+                    await self.stages.evaluate(job, self._teller(job))
             await asyncio.to_thread(self.stages.report, job, await self._decisions(job))
-            job = await self._advance(job, JobState.PUBLISHING)
+            job = await self._advance(job, JobState.PUBLISHING, progress={})
         if job.state == JobState.PUBLISHING:
             published = await asyncio.to_thread(self.stages.publish, job)
             job = await self._next(job, published.id)
@@ -132,7 +134,7 @@ class Lifecycle:
             reward_set=published if spec.reward_set == "latest" else job.reward_set,
             policy_set=published,
             progress={},
-            artifacts=dict(ARTIFACTS),
+            artifacts=self.stages.files(job).artifacts(),
         )
 
     async def _complete(
@@ -143,7 +145,8 @@ class Lifecycle:
         if activated is not None:
             await asyncio.to_thread(self.stages.store.activate, activated)
         await asyncio.to_thread(self.stages.report, job, decisions, activated=activated is not None, reason=reason)
-        return await self._advance(job, JobState.COMPLETED, policy_set=policy_set, reason=reason, artifacts=dict(ARTIFACTS))
+        artifacts = self.stages.files(job).artifacts()
+        return await self._advance(job, JobState.COMPLETED, policy_set=policy_set, reason=reason, artifacts=artifacts)
 
     async def _start(self, job: Job) -> Job:
         sets = await asyncio.to_thread(self.stages.starting_sets, job)
@@ -172,7 +175,7 @@ class Lifecycle:
             return await self._complete(job, decisions, job.policy_set, reason)
         await asyncio.to_thread(self.stages.report, job, decisions, reason=reason)
         if reason:
-            return await self._advance(job, JobState.FAILED, error=reason, artifacts=dict(ARTIFACTS))
+            return await self._advance(job, JobState.FAILED, error=reason, artifacts=self.stages.files(job).artifacts())
         return await self._advance(job, JobState.TRAINING)
 
     async def _follow_safely(self, job: Job) -> None:
@@ -208,15 +211,19 @@ class Lifecycle:
 
     @asynccontextmanager
     async def _training_turn(self, job: Job, round_: int) -> AsyncIterator[None]:
-        """One training at a time, while the decoders sleep; not if all its runs had ended before a crash."""
-        async with self._training:
-            decoders = self.decoders if self.stages.untrained(job, round_) else ()
-            async with asleep(decoders, self.lease.lost):
-                yield
+        """The decoders do not sleep if all its runs had ended before a crash."""
+        async with self.turn(decoders_sleep=self.stages.untrained(job, round_)):
+            yield
 
-    def _teller(self, job: Job) -> Tell:
-        async def tell(progress: Progress) -> None:
-            # Progress that cannot be told is lost, and no reason to end the training. A Conflict is one: the job has ended.
+    @asynccontextmanager
+    async def turn(self, *, decoders_sleep: bool = True) -> AsyncIterator[None]:
+        """One training or evaluation at a time, while the decoders sleep."""
+        async with self._training, asleep(self.decoders if decoders_sleep else (), self.lease.lost):
+            yield
+
+    def _teller(self, job: Job) -> Callable[[Record], Awaitable[None]]:
+        async def tell(progress: Record) -> None:
+            # Progress that cannot be told is lost, and no reason to end the work. A Conflict is one: the job has ended.
             with suppress(RedisError):
                 await self.jobs.update(job.id, lease=self.lease, progress=progress.model_dump())
 

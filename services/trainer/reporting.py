@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from services.common.contract.messages import PromptDecided
-from services.common.contract.reports import Funnel, GroundTruth
+from services.common.contract.reports import Funnel, GroundTruth, RoundEvaluation
 from services.trainer.pairs import pareto_pairs_of
 from sipo.conversation import as_text
 from sipo.evaluation.ground_truth import REWARDS
+from sipo.evaluation.report import EvaluationReport
 from sipo.training.data import Design
 from sipo.words import counted
 
@@ -58,6 +59,17 @@ def why_not_trainable(decisions: Sequence[PromptDecided], objectives: Iterable[s
     )
     advice = ADVICE.get(next(iter(figures.rejected), ""))
     return f"{reason}: {advice}" if advice else reason
+
+
+def figures(report: EvaluationReport) -> RoundEvaluation:
+    """Of an evaluation that compares the policies after a round with those before."""
+    [compared] = [one for one in report.comparisons if one.method == "after"]
+    return RoundEvaluation(
+        prompts=report.prompts,
+        hypervolume={method.name: method.hypervolume for method in report.methods},
+        difference=compared.difference,
+        p_value=compared.p_value,
+    )
 
 
 def ground_truth(objectives: Sequence[str], decisions: Iterable[PromptDecided]) -> dict[str, GroundTruth]:

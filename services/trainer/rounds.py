@@ -7,30 +7,35 @@ is decided in services.trainer.lifecycle.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from services.common.contract.evaluations import FUNCTION, EvaluationSpec
 from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job
 from services.common.contract.messages import PromptDecided
-from services.common.contract.reports import Report, RoundReport
+from services.common.contract.reports import Report, RoundEvaluation, RoundReport
 from services.common.local.training import Tell, run_child
 from services.trainer.account import candidates_account
+from services.trainer.evaluator import Evaluator
+from services.trainer.evaluator import Tell as TellEvaluation
 from services.trainer.pairs import pareto_pairs_of
-from services.trainer.reporting import funnel, ground_truth
-from sipo.errors import Conflict
+from services.trainer.reporting import figures, funnel, ground_truth
+from sipo.datasets import answers_of
+from sipo.errors import Conflict, SipoError
+from sipo.evaluation.task import TaskFolder
 from sipo.files import sync, write_atomically
 from sipo.models import Base
 from sipo.policies import JobRound, PolicySet, PolicyStore
 from sipo.preferences import Example
-from sipo.resources import check, needed_by_training
+from sipo.resources import check, needed_by_sft, needed_by_training
 from sipo.training.planning import PlannedRun, Planner
-from sipo.training.run_folder import RunFolder
+from sipo.training.run_folder import RunFolder, SftFolder
 from sipo.training.run_set import publish_runs
-from sipo.training.settings import TrainMetrics
+from sipo.training.settings import SftRun, TrainMetrics, TrainSettings
 
-RunTraining = Callable[[Path, Tell], Awaitable[TrainMetrics]]
+RunTraining = Callable[[Path, Tell], Awaitable[object]]
 """Trains what a run.yaml says, and tells how far it is."""
 
 
@@ -40,6 +45,7 @@ class Stages:
     store: PolicyStore
     jobs_dir: Path
     run_training: RunTraining = run_child
+    evaluator: Evaluator = field(kw_only=True)
 
     def starting_sets(self, job: Job) -> tuple[PolicySet, PolicySet] | None:
         """(sampling set, reward set) for a job that starts from policies; None if it has to align them first."""
@@ -56,7 +62,8 @@ class Stages:
         return sampling, reward
 
     async def align(self, job: Job, tell: Tell) -> PolicySet:
-        """A first alignment (Eq. 2) for each objective, published without becoming current."""
+        """A first alignment (Eq. 2) for each objective, after a fine-tuning if the job asks for one; published without becoming
+        current."""
         if (published := self.published(job, 0)) is not None:
             return published
         objectives = job.spec.objectives
@@ -65,7 +72,8 @@ class Stages:
         with self.files(job).input.open() as file:
             examples = [Example.model_validate_json(line) for line in file]
         check(needed_by_training(self.base.folder, settings, len(objectives)), self.jobs_dir)
-        planner = Planner(self.base)
+        reference = None if job.spec.sft is None else await self._fine_tune(job, job.spec.sft, examples, tell)
+        planner = Planner(self.base, reference=reference)
         for objective in objectives:
             await self._train(job, 0, planner.dpo(objective, examples, settings), tell)
         return self._publish(job, 0, objectives, parent=None)
@@ -78,6 +86,31 @@ class Stages:
         for objective in start.objectives:
             pairs = pareto_pairs_of(decisions, objective, job.spec.preferences)
             await self._train(job, job.round, planner.sipo(objective, pairs, job.spec.training_for(objective)), tell)
+
+    def unevaluated(self, job: Job) -> bool:
+        """Whether the job asks for an evaluation of its round that has not ended yet."""
+        return job.spec.evaluation is not None and not self.files(job).evaluation_outcome(job.round).exists()
+
+    async def evaluate(self, job: Job, tell: TellEvaluation) -> None:
+        """The set that the round samples from, and the policies that it trained, on the prompts that were held out. What is found
+        is kept, and so is why nothing is: that is no reason to lose the round."""
+        asked, files = job.spec.evaluation, self.files(job)
+        assert asked is not None and job.sampling_set is not None
+        folder = TaskFolder(files.evaluation(job.round))
+        # Rewards of other judges than functions are counted from the base's.
+        base = [] if all(judge.startswith(FUNCTION) for judge in asked.judges.values()) else ["base"]
+        sources = {"before": job.sampling_set, "after": str(files.training_runs(job.round))}
+        methods = [*base, *(f"{name}={job.spec.mode}:{source}" for name, source in sources.items())]
+        spec = EvaluationSpec(**asked.model_dump(), methods=methods, against=["before"])
+        folder.path.mkdir(exist_ok=True)
+        write_atomically(folder.prompts_file, files.held_out.read_text(encoding="utf-8"))
+        try:
+            found = figures(await self.evaluator.run(folder, spec, f"{job.spec.policy}, round {job.round} of {job.id}", tell))
+        except Conflict:  # of what is told: the job has ended, or is another trainer's
+            raise
+        except (SipoError, OSError) as error:
+            found = RoundEvaluation(prompts=len(folder.prompts()), error=str(error))
+        write_atomically(files.evaluation_outcome(job.round), found.model_dump_json(indent=1))
 
     def publish(self, job: Job) -> PolicySet:
         """The round's policies as a new version; once, however often this is called."""
@@ -102,12 +135,14 @@ class Stages:
             ground_truth=ground_truth(objectives, decisions),
             candidates=candidates_account(objectives, decisions),
             training=self.metrics(job, job.round, objectives),
+            evaluation=self._evaluation(job),
             policy_set=published and published.id,
         )
         report = Report(
             job=job.id,
             policy=job.spec.policy,
             objectives=objectives,
+            sft=self._sft_folder(job).finished(),
             alignment=self.metrics(job, 0, objectives),
             rounds=[*before, this],
             policy_set=this.policy_set or job.policy_set,
@@ -142,8 +177,32 @@ class Stages:
         assert job.sampling_set is not None
         return self.store.get(job.sampling_set)
 
+    def _evaluation(self, job: Job) -> RoundEvaluation | None:
+        """Of the round, as far as it has one."""
+        path = self.files(job).evaluation_outcome(job.round)
+        return RoundEvaluation.model_validate_json(path.read_bytes()) if path.exists() else None
+
     def _run_folder(self, job: Job, round_: int, objective: str) -> RunFolder:
         return RunFolder(self.files(job).training_run(round_, objective))
+
+    def _sft_folder(self, job: Job) -> SftFolder:
+        return SftFolder(self.files(job).fine_tuning)
+
+    async def _fine_tune(self, job: Job, settings: TrainSettings, examples: Iterable[Example], tell: Tell) -> Path:
+        """The adapter that a fine-tuning on all responses leaves."""
+        folder, base = self._sft_folder(job), self.base
+        if folder.finished() is None:
+            check(needed_by_sft(base.folder, settings), self.jobs_dir)
+            run = SftRun(
+                base=base.folder,
+                base_name=base.ref.name,
+                base_sha256=base.ref.sha256,
+                prompt_format=base.prompt_format,
+                settings=settings,
+            )
+            folder.prepare(run, map(answers_of, examples))
+            await self.run_training(folder.run_file, tell)
+        return folder.adapter
 
     async def _train(self, job: Job, round_: int, planned: PlannedRun, tell: Tell) -> None:
         folder = self._run_folder(job, round_, planned.name)

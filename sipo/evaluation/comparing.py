@@ -16,8 +16,10 @@ from sipo.evaluation.report import Comparison, Improvement, Verdict, family, see
 from sipo.preferences import Weights, format_weights
 
 LEVEL = 0.05
-DRAWS = 200
+DRAWS = 500
 """For each comparison: a p value is at least 2 / (draws + 1), and Holm's correction multiplies the least by their number."""
+MOST_REPORTS = 12
+"""Equally large reports that may be corrected together, as an experiment's seeds are: 12 · 2 / 500 is still below LEVEL."""
 
 Families = tuple[str, str]
 Pair = tuple[str, str]
@@ -67,18 +69,19 @@ def compare(
     more, wanted = draws(prompts, samples, seed), {one.method.name for pair in asked for one in pair}
     volumes = {name: drawn(by_name[name].scores, more, measure.hypervolume) for name in wanted}
     found = [difference(volumes[one.method.name], volumes[other.method.name]) for one, other in asked]
-    corrected = holm([p_value for _, p_value in found])
+    corrected = holm([uncorrected for _, uncorrected in found])
     compared = [
         Comparison(
             method=one.method.name,
             against=other.method.name,
             difference=difference,
             p_value=p_value,
+            uncorrected=uncorrected,
             improvements=_improvements(one, other, objectives, measure, originals),
         )
-        for (one, other), (difference, _), p_value in zip(asked, found, corrected, strict=True)
+        for (one, other), (difference, uncorrected), p_value in zip(asked, found, corrected, strict=True)
     ]
-    return compared, [_verdict(*of_families, compared) for of_families in pairs]
+    return compared, [verdict(*of_families, compared) for of_families in pairs]
 
 
 def certain(comparison: Comparison) -> bool:
@@ -86,7 +89,8 @@ def certain(comparison: Comparison) -> bool:
     return comparison.p_value < LEVEL and (comparison.difference.low > 0 or comparison.difference.high < 0)
 
 
-def _verdict(method: str, against: str, compared: Sequence[Comparison]) -> Verdict:
+def verdict(method: str, against: str, compared: Sequence[Comparison]) -> Verdict:
+    """What those of the comparisons come to that are of these two families."""
     own = [one for one in compared if (family(one.method), family(one.against)) == (method, against)]
     signs = {(one.difference.low > 0) - (one.difference.high < 0) if certain(one) else 0 for one in own}
     seeds = list(dict.fromkeys(seed for one in own for seed in (seed_of(one.method) or seed_of(one.against),) if seed))

@@ -139,6 +139,7 @@ class Comparison(Record):
     against: str
     difference: Interval
     p_value: float = Field(description="of no difference, two-sided, by the same bootstrap, corrected by Holm's method over all")
+    uncorrected: float | None = Field(default=None, description="the p value before that; None in older reports")
     improvements: list[Improvement] = Field(default=[], description="at the weights of both; at all, where one knows none")
 
 

@@ -31,13 +31,16 @@ def runs() -> list[str]:
 @pytest.fixture
 def stages(tiny_base: Path, data_dir: Path, adapter: Path, runs: list[str]) -> Stages:
     """With tests.trainer.stand_in in place of the training processes."""
+    from services.trainer.evaluator import Evaluator
     from services.trainer.rounds import Stages
+    from services.trainer.settings import TrainerSettings
     from sipo.models import Base, BaseModelRef
     from sipo.policies import PolicyStore
     from tests.trainer import stand_in
 
     base = Base(tiny_base, BaseModelRef(name="tiny", sha256="0" * 64))
-    return Stages(base, PolicyStore(data_dir / "policies"), data_dir / "jobs", stand_in(adapter, runs))
+    evaluator = Evaluator(TrainerSettings(data_dir=data_dir, model=str(tiny_base)))
+    return Stages(base, PolicyStore(data_dir / "policies"), data_dir / "jobs", stand_in(adapter, runs), evaluator=evaluator)
 
 
 @pytest.fixture

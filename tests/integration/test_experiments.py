@@ -23,13 +23,14 @@ from typer.testing import CliRunner, Result
 from gateway.cli import app
 from gateway.cli.client import Gateway
 from gateway.cli.experiment.rounds import see_through
-from gateway.experiments.published import Summary
+from gateway.experiments.published import SeedResults
+from gateway.experiments.summary import Summary
 from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job
 from services.common.contract.jobs import JobSpec, JobState
 from services.common.contract.reports import Funnel, Report, RoundReport
 from sipo.evaluation.folder import REPORT
-from sipo.evaluation.report import Comparison, EvaluationReport, Interval, MethodResult, Sample, Verdict
+from sipo.evaluation.report import Comparison, EvaluationReport, Interval, MethodResult, Sample
 from sipo.models import Base
 from sipo.policies import JobRound, PolicyStore
 from sipo.preferences import Example
@@ -194,8 +195,7 @@ def evaluated(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes
             )
             for text in methods
         ],
-        comparisons=[Comparison(method="sipo@0", against="mod@0", difference=interval(0.2), p_value=0.01)],
-        verdicts=[Verdict(method="sipo", against="mod", seeds=["0", "1"], verdict="wins")],
+        comparisons=[Comparison(method="sipo", against="mod", difference=interval(0.2), p_value=0.01, uncorrected=0.001)],
         samples=[Sample(prompt="hello", answers=[])],
         seconds={"answers": 1.0},
         tokens={text.partition("=")[0]: 7 for text in methods},
@@ -234,7 +234,7 @@ def system(tiny_base: Path, tmp_path: Path, adapter: Path, made: list[str], monk
 
 @pytest.fixture
 def run(tiny_base: Path, data_dir: Path, tmp_path: Path, system: FakeSystem) -> Run:
-    """`sipo experiment run`, or `command`, on EXPERIMENT with other fields."""
+    """`sipo experiment run`, or `command`, with further arguments, on EXPERIMENT with other fields."""
     responses = [("no", "yes " * (i + 1)) for i in range(6)]
     rows = [
         Example(prompt=f"q{i}", response_0=first, response_1=second, labels={"concise": i % 2, "warm": 1})
@@ -244,10 +244,10 @@ def run(tiny_base: Path, data_dir: Path, tmp_path: Path, system: FakeSystem) -> 
     (tmp_path / "prompts.txt").write_text("hello\nwhat now\n")
     environment = {"SIPO_DATA_DIR": str(data_dir), "SIPO_CACHE_DIR": str(tmp_path / "cache"), "COLUMNS": "250"}
 
-    def run(command: str = "run", **fields: Any) -> Result:
+    def run(command: str = "run", *arguments: str, **fields: Any) -> Result:
         path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump(EXPERIMENT | {"base": str(tiny_base)} | fields))
-        return CliRunner().invoke(app, ["experiment", command, str(path)], env=environment)
+        return CliRunner().invoke(app, ["experiment", command, str(path), *arguments], env=environment)
 
     return run
 
@@ -260,9 +260,15 @@ def folder_of(data_dir: Path, name: str, seed: int) -> Path:
 def test_an_experiment_runs_from_the_fine_tuning_to_the_verdict(
     run: Run, system: FakeSystem, made: list[str], data_dir: Path, tmp_path: Path
 ) -> None:
-    first = run()
-    assert first.exit_code == 0, first.output
-    assert "all of 13 steps are done" in first.output
+    sitting = run("run", "--seed", "1")
+    assert sitting.exit_code == 0, sitting.output
+    assert "all of 8 steps are done" in sitting.output
+    assert "sipo against mod (seed 1): wins, incomplete" in sitting.output
+    assert len(made) == 1 + 2 + 3 + 3 + 2
+    rest = run()
+    assert rest.exit_code == 0, rest.output
+    assert "all of 14 steps are done" in rest.output
+    assert "sipo against mod (seeds 0, 1): wins\n" in rest.output
     assert len(made) == 1 + 2 * (2 + 3 + 3 + 2), "a fine-tuning; policies, LW and MODPO at three weights, and more training, twice"
 
     tuned = next((data_dir / "experiments" / "tiny" / "all-seeds").glob("sft-*")) / "adapter"
@@ -286,15 +292,17 @@ def test_an_experiment_runs_from_the_fine_tuning_to_the_verdict(
     results = tmp_path / "results" / "tiny"
     summary = Summary.model_validate_json((results / "summary.json").read_text())
     front = summary.evaluations["front"]
-    assert [(one.method, one.seed) for one in front.hypervolumes][:3] == [("base", None), ("mod", "0"), ("mod", "1")]
-    assert front.verdicts[0].verdict == "wins"
-    steps = {(step.stage, step.seed): step for step in summary.steps}
-    assert steps["round", 0].tokens.generated == 4
-    assert steps["front", None].tokens.generated == 7 * 11
-    assert steps["align", 0].tokens.trained > 0
-    report = json.loads((results / "all-seeds" / "front" / "report.json").read_text())
+    methods = ["base", "mod", "sipo", "more", "lw", "modpo"]
+    assert [(one.method, one.seed) for one in front.hypervolumes] == [(name, seed) for seed in (0, 1) for name in methods]
+    assert [(one.method, one.p_value) for one in front.comparisons] == [("sipo@0", 0.002), ("sipo@1", 0.002)]
+    of_seed = SeedResults.model_validate_json((results / "seed-0" / "seed.json").read_bytes())
+    steps = {step.stage: step for step in of_seed.steps}
+    assert (steps["sft"].seed, steps["round"].tokens.generated, steps["front"].tokens.generated) == (None, 4, 7 * 6)
+    assert steps["align"].tokens.trained > 0
+    report = json.loads((results / "seed-0" / "front" / "report.json").read_text())
     assert report["samples"] == []
-    assert (results / "all-seeds" / "front" / "front.png").read_bytes() == b"picture"
+    assert (results / "seed-0" / "front" / "front.png").read_bytes() == b"picture"
+    assert (results / "seed-0" / "sft" / "recipe.json").is_file()
     assert json.loads((results / "seed-1" / "round" / "report.json").read_text())["rounds"][0]["funnel"]["pairs"] == 2
     assert json.loads((results / "seed-1" / "round" / "round-1" / "warm" / "metrics.json").read_text())["steps"] == 3
     assert json.loads((results / "seed-1" / "align" / "warm" / "metrics.json").read_text())["objective"] == "warm"
@@ -303,6 +311,15 @@ def test_an_experiment_runs_from_the_fine_tuning_to_the_verdict(
     assert again.exit_code == 0
     assert len(made) == 21 and len(system.posted) == 2, "nothing is done twice"
     assert "yes" in run("show").output
+    (results / "summary.json").unlink()
+    assert "sipo against mod (seeds 0, 1): wins" in run("summary").output
+    assert Summary.model_validate_json((results / "summary.json").read_text()) == summary
+
+
+def test_seeds_and_summaries_that_there_are_not_are_refused(run: Run, made: list[str]) -> None:
+    assert "tiny has no seed 5: its seeds are 0, 1" in run("run", "--seed", "5").output
+    assert "no seed has results" in run("summary").output
+    assert not made
 
 
 def test_a_stage_that_fails_ends_the_run_and_the_same_command_goes_on_with_it(

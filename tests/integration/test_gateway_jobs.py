@@ -115,6 +115,8 @@ async def test_an_uploaded_file_and_inline_examples_make_the_same_job(gateway: h
         (rows(2), {"learning_rates": {"polite": 1e-5}}, 400, "one for 'polite': the job's objectives are concise, warm"),
         (rows(2), {"learning_rates": {"warm": 0}}, 400, "must be more than 0, not 0"),
         (rows(2), {"alignment": {"alpha": 0.1}}, 400, "a first alignment (Eq. 2) has none"),
+        (rows(2), {"sft": {}}, 400, "the policies of 'demo' have their reference already"),
+        (rows(2), {"policy": "new", "sft": {"beta": 0.2}}, 400, "sft sets beta: fine-tuning has no pairs, leave it out"),
     ],
 )
 async def test_a_job_that_cannot_work_is_refused_and_leaves_nothing(
@@ -339,6 +341,8 @@ async def test_what_will_be_left_out_of_a_job_is_counted_when_it_is_posted(gatew
         "only the first 2 of 4 prompts sampled: max_prompts is 2",
         "1 of 4 prompts too long for alignment.max_prompt_tokens = 256: not trained on in the first alignment",
     ]
+    tuned = (await submit(gateway, [*rows(3), long], policy="new", sft={"max_prompt_tokens": 250})).json()
+    assert tuned["notes"][0] == "1 of 4 prompts too long for sft.max_prompt_tokens = 250: not fine-tuned on"
     pairs_only = (await submit(gateway, [long, *rows(1)], stop_after="pairs")).json()
     assert pairs_only["notes"] == []
 

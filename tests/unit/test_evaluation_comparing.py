@@ -9,8 +9,8 @@ import pytest
 
 from sipo.errors import InvalidRequest
 from sipo.evaluation.answers import Answer
-from sipo.evaluation.bootstrap import draws
-from sipo.evaluation.comparing import compare, comparisons
+from sipo.evaluation.bootstrap import draws, holm
+from sipo.evaluation.comparing import LEVEL, MOST_REPORTS, compare, comparisons
 from sipo.evaluation.measured import Made, Measure
 from sipo.evaluation.report import Comparison, Kind, Verdict
 from tests.evaluation import OBJECTIVES, method_of
@@ -74,8 +74,11 @@ def test_a_method_wins_where_every_seed_does(tmp_path: Path) -> None:
 def test_many_comparisons_can_still_be_certain(tmp_path: Path) -> None:
     """With 50 draws the least p value of 6 comparisons, corrected, would be 0.24."""
     methods = [made(tmp_path, f"m{index}", [[index, index]] * 3, noise=0.1, prompts=10) for index in range(1, 5)]
-    _, verdicts = compared(methods, [])
+    found, verdicts = compared(methods, [])
     assert [one.verdict for one in verdicts] == ["wins"] * 6
+    uncorrected = [one.uncorrected for one in found if one.uncorrected is not None]
+    assert [one.p_value for one in found] == holm(uncorrected)
+    assert max(holm(uncorrected * MOST_REPORTS)) < LEVEL < max(holm(uncorrected * (MOST_REPORTS + 1)))
 
 
 def test_improvements_are_told_at_each_weight_and_in_parts_of_the_other(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ import yaml
 from gateway.cli import app
 from gateway.cli.experiment.evaluation import arguments
 from gateway.cli.experiment.show import time_left
+from gateway.cli.experiment.summary import show_summary
 from gateway.cli.experiment.training import epochs_of
 from gateway.experiments.cost import Rates, Sizes, hours, methods_tokens
 from gateway.experiments.definition import POLICY, SHIPPED, Evaluate, ExperimentFile, find_experiment, read_experiment
 from gateway.experiments.plan import Plan, Step
+from gateway.experiments.published import publish_seed, read_seeds, results_folder
 from gateway.experiments.result import Result, Tokens, write_result
+from gateway.experiments.summary import Summary, over_seeds, write_summary
 from sipo.errors import InvalidRequest, NotFound
 from sipo.evaluation.prompts import TestPrompt
+from sipo.evaluation.report import Comparison, EvaluationReport, Interval, MethodResult, Sample, Verdict
 from sipo.preferences import Example
 from tests.fakes import write_policy_set
 
@@ -45,6 +51,7 @@ SMALL: dict[str, Any] = {
 
 
 def write(tmp_path: Path, content: Any) -> Path:
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -73,7 +80,8 @@ def keys(plan: Plan) -> dict[tuple[str, int | None], str]:
     return {(step.stage.name, step.seed): step.key for step in plan.steps}
 
 
-def finish(step: Step, seconds: float = 1, policy_set: str | None = None) -> None:
+def finish(step: Step, seconds: float = 1, policy_set: str | None = None, report: EvaluationReport | None = None) -> None:
+    """`report`: what it leaves if it is an evaluation."""
     step.folder.mkdir(parents=True)
     result = Result(
         stage=step.stage.name,
@@ -84,7 +92,56 @@ def finish(step: Step, seconds: float = 1, policy_set: str | None = None) -> Non
         tokens=Tokens(),
         policy_set=policy_set,
     )
+    if step.stage.kind == "evaluate" and report is not None:
+        front = step.folder / "front"
+        front.mkdir()
+        (front / "report.json").write_text(report.model_dump_json())
+        for picture in ("front.png", "front.svg"):
+            (front / picture).write_bytes(b"picture")
     write_result(step.folder, result)
+
+
+def report_of(difference: float = 0.5, uncorrected: float = 0.001, samples: Sequence[str] = ("q",)) -> EvaluationReport:
+    """Of sipo against mod, whose hypervolume is 1, with intervals of ±0.1 and samples for these prompts."""
+
+    def method(name: str, hypervolume: float) -> MethodResult:
+        measured = {"points": [], "front": [], "hypervolume": around(hypervolume), "igd_plus": around(0), "inner_product": None}
+        return MethodResult.model_validate({"name": name, "kind": "mod", "source": name, "spread": {}, **measured})
+
+    compared = Comparison(method="sipo", against="mod", difference=around(difference), p_value=1, uncorrected=uncorrected)
+    return EvaluationReport(
+        name="front",
+        made=datetime(2026, 1, 1, tzinfo=UTC),
+        base="tiny",
+        prompts=2,
+        prompts_sha256="0" * 64,
+        objectives=["concise", "warm"],
+        judges={"concise": "python:concise", "warm": "python:warm"},
+        reference_point={"concise": 0, "warm": 0},
+        max_tokens=8,
+        methods=[method("mod", 1), method("sipo", 1 + difference)],
+        comparisons=[compared],
+        samples=[Sample(prompt=prompt, answers=[]) for prompt in samples],
+        seconds={},
+        tokens={},
+    )
+
+
+def around(value: float) -> Interval:
+    return Interval(value=value, low=value - 0.1, high=value + 0.1)
+
+
+def verdict_of(*reports: EvaluationReport) -> str:
+    (found,) = over_seeds(dict(enumerate(reports)), range(len(reports))).verdicts
+    return found.verdict
+
+
+def publish(plan: Plan, home: Path, seed: int) -> None:
+    """As a run of the seed does where the experiment's file lies in `home`."""
+    plan.file = plan.file.model_copy(update={"path": home / plan.file.path.name})
+    for step in plan.steps_of([seed]):
+        finish(step, report=report_of())
+    publish_seed(plan, seed)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +149,7 @@ def finish(step: Step, seconds: float = 1, policy_set: str | None = None) -> Non
     [
         (small(seads=[1]), "`seads` is no known field: did you mean `seeds`?"),
         (small(seeds=[1, 1]), "a seed is given twice"),
+        (small(seeds=list(range(13))), "`seeds`"),
         (small(judges={"concise": "python:concise"}), "judges must name one address for each of the objectives"),
         (small(weights=1), "an even grid needs both ends"),
         (small(preset="big"), "no preset 'big'"),
@@ -116,6 +174,8 @@ def finish(step: Step, seconds: float = 1, policy_set: str | None = None) -> Non
         (small(more=stage("evaluate", methods=["mod=mix:align"])), "cannot read the method 'mod=mix:align'"),
         (small(more=stage("evaluate", methods=["mod=models:align"])), "it must be an earlier stage of kind lw or modpo"),
         (small(more=stage("evaluate", methods=["base"], against=["mod"])), "`against` names 'mod': the methods are base"),
+        (small(more=stage("evaluate", methods=["a=mod:align", "a=soup:align"])), "two methods are called 'a'"),
+        (small(more=stage("evaluate", methods=["mod@1=mod:align"])), "the method 'mod@1' ends with a seed: leave it out"),
         (
             small(judges={"concise": "hf:x", "warm": "python:warm"}, more=stage("evaluate", methods=["mod=mod:align"])),
             "add the method base",
@@ -135,17 +195,35 @@ def test_an_unknown_experiment_is_refused_with_those_that_there_are() -> None:
         find_experiment("small")
 
 
-def test_every_seed_has_its_steps_and_evaluations_come_last(tmp_path: Path) -> None:
-    steps = planned(tmp_path).steps
-    assert [(step.stage.name, step.seed) for step in steps] == [
-        ("sft", None),
-        *((name, seed) for seed in (0, 1) for name in ("align", "round", "more")),
-        ("front", None),
-    ]
-    assert list(steps[-1].uses) == ["reference", "mod@0", "mod@1", "sipo@0", "sipo@1", "more@0", "more@1"]
+def test_every_seed_has_its_steps_and_its_evaluation(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    steps, names = plan.steps, ("align", "round", "more", "front")
+    assert [(step.stage.name, step.seed) for step in steps] == [("sft", None), *((name, seed) for seed in (0, 1) for name in names)]
+    assert {name: (step.stage.name, step.seed) for name, step in steps[-1].uses.items()} == {
+        "reference": ("align", 1),
+        "mod": ("align", 1),
+        "sipo": ("round", 1),
+        "more": ("more", 1),
+    }
     assert steps[1].folder.parent.name == "seed-0"
     assert steps[1].folder.name == f"align-{steps[1].key[:12]}"
-    assert steps[0].folder.parent == steps[-1].folder.parent
+    assert steps[0].folder.parent.name == "all-seeds"
+    assert [(step.stage.name, step.seed) for step in plan.steps_of([1])] == [("sft", None), *((name, 1) for name in names)]
+
+
+def test_seeds_are_chosen_among_those_of_the_experiment(tmp_path: Path) -> None:
+    experiment = planned(tmp_path, small(seeds=[4, 2, 3])).experiment
+    assert experiment.chosen_seeds([2, 4, 2]) == [4, 2]
+    assert experiment.chosen_seeds(None) == experiment.chosen_seeds([]) == [4, 2, 3]
+    with pytest.raises(InvalidRequest, match="tiny has no seed 1: its seeds are 4, 2, 3"):
+        experiment.chosen_seeds([2, 1])
+
+
+def test_the_key_of_an_experiment_is_of_all_but_its_seeds_and_its_words(tmp_path: Path) -> None:
+    key = planned(tmp_path).key
+    assert planned(tmp_path, small(seeds=[7], description="other words")).key == key
+    others = [small(0, {"seed": None}), small(2, {"job": {"max_tokens": 9}}), small(4, {"against": []}), small(max_prompts=5)]
+    assert len({key, *(planned(tmp_path, other).key for other in others)}) == 5
 
 
 def test_a_change_makes_new_what_builds_on_it_and_nothing_else(tmp_path: Path) -> None:
@@ -158,9 +236,7 @@ def test_a_change_makes_new_what_builds_on_it_and_nothing_else(tmp_path: Path) -
 
 def test_one_more_seed_leaves_what_the_others_made(tmp_path: Path) -> None:
     before, after = keys(planned(tmp_path)), keys(planned(tmp_path, small(seeds=[1, 5, 0])))
-    assert {name: key for name, key in after.items() if name in before and name[0] != "front"} == {
-        name: key for name, key in before.items() if name[0] != "front"
-    }
+    assert {name: key for name, key in after.items() if name in before} == before
 
 
 def test_a_stages_settings_win_over_the_presets_and_the_seed_goes_in(tmp_path: Path) -> None:
@@ -183,13 +259,86 @@ def test_prompts_that_were_trained_on_are_refused(tmp_path: Path) -> None:
 
 def test_the_time_left_is_that_of_the_same_stage_in_other_seeds(tmp_path: Path) -> None:
     plan = planned(tmp_path)
-    assert time_left(plan).startswith("8 steps left; how long they take")
+    assert time_left(plan, plan.steps).startswith("9 steps left; how long they take")
     for step in plan.steps[:3]:
         finish(step, 3600)
-    assert time_left(plan) == "about 2.0 h for 2 of 5 steps left; not measured yet: more, front"
+    assert time_left(plan, plan.steps) == "about 2.0 h for 2 of 6 steps left; not measured yet: more, front"
+    assert time_left(plan, plan.steps_of([0])) == "2 steps left; how long they take is known when the first of each stage is done"
+    publish_seed(plan, 0)
+    elsewhere = Plan(plan.file, tmp_path / "another machine")
+    finish(elsewhere.steps[0], 3600)
+    assert time_left(elsewhere, elsewhere.steps_of([1])) == "about 2.0 h for 2 of 4 steps left; not measured yet: more, front"
     for step in plan.steps[3:]:
-        finish(step)
-    assert time_left(plan) == "all of 8 steps are done"
+        finish(step, report=report_of())
+    assert time_left(plan, plan.steps) == "all of 9 steps are done"
+
+
+def test_seeds_that_ran_in_several_sittings_are_summed_up(tmp_path: Path) -> None:
+    content = small(seeds=[0, 1, 2])
+    publish(planned(tmp_path / "first", content), tmp_path, 0)
+    plan = planned(tmp_path, content)
+    summary = write_summary(plan)
+    front = summary.evaluations["front"]
+    assert (front.seeds, front.missing, summary.left_out) == ([0], [1, 2], [])
+    publish(planned(tmp_path / "second", content), tmp_path, 2)
+    publish(planned(tmp_path / "third", small(seeds=[1], max_prompts=5)), tmp_path, 1)
+    summary = write_summary(plan)
+    front = summary.evaluations["front"]
+    assert (front.seeds, front.missing, summary.left_out) == ([0, 2], [1], [1]), "seed 1 is of another key"
+    assert [(one.method, one.seed, one.hypervolume.value) for one in front.hypervolumes] == [
+        ("mod", 0, 1.0),
+        ("sipo", 0, 1.5),
+        ("mod", 2, 1.0),
+        ("sipo", 2, 1.5),
+    ]
+    assert Summary.model_validate_json((tmp_path / "results" / "tiny" / "summary.json").read_bytes()) == summary
+    publish(planned(tmp_path / "fourth", content), tmp_path, 1)
+    assert (whole := write_summary(plan)).evaluations["front"].missing == whole.left_out == []
+
+
+def test_finished_results_of_a_seed_are_replaced_by_finished_ones_alone(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    publish(plan, tmp_path, 0)
+    again = Plan(plan.file, tmp_path / "another machine")
+    for step in again.steps_of([0])[:-1]:
+        finish(step, seconds=5)
+    publish_seed(again, 0)
+    results = results_folder(plan)
+    assert [step.seconds for step in read_seeds(results)[0].steps] == [1] * 5
+    finish(again.steps_of([0])[-1], seconds=5, report=report_of())
+    publish_seed(again, 0)
+    assert [step.seconds for step in read_seeds(results)[0].steps] == [5] * 5
+    report = EvaluationReport.model_validate_json((results / "seed-0" / "front" / "report.json").read_bytes())
+    assert report == report_of(samples=[]), "without what was answered"
+    assert {path.name for path in (results / "seed-0" / "front").iterdir()} == {"report.json", "front.png", "front.svg"}
+
+
+def test_a_method_wins_where_it_does_in_every_seed_after_a_correction_over_all() -> None:
+    """Three seeds of one comparison: the p values count three times, twice and once (Holm)."""
+    front = over_seeds({0: report_of(0.5, 0.01), 1: report_of(0.4, 0.001), 2: report_of(0.6, 0.02)}, [0, 1, 2])
+    assert [(one.method, one.against, one.uncorrected) for one in front.comparisons] == [
+        ("sipo@0", "mod@0", 0.01),
+        ("sipo@1", "mod@1", 0.001),
+        ("sipo@2", "mod@2", 0.02),
+    ]
+    assert [one.p_value for one in front.comparisons] == pytest.approx([0.02, 0.003, 0.02])
+    assert front.verdicts == [Verdict(method="sipo", against="mod", seeds=["0", "1", "2"], verdict="wins")]
+    assert verdict_of(report_of(-0.5, 0.01), report_of(-0.4, 0.01)) == "loses"
+    assert verdict_of(report_of(0.5, 0.01), report_of(-0.4, 0.01)) == "not decided", "seeds disagree"
+    assert verdict_of(report_of(0.5, 0.01), report_of(0.05, 0.01)) == "not decided", "an interval holds 0"
+    assert verdict_of(report_of(0.5, 0.03), report_of(0.5, 0.03)) == "not decided", "each alone would be certain"
+
+
+def test_a_summary_is_printed_with_what_it_is_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = small(seeds=[0, 1, 2])
+    publish(planned(tmp_path / "first", content), tmp_path, 0)
+    publish(planned(tmp_path / "second", small(seeds=[1], max_prompts=5)), tmp_path, 1)
+    show_summary(write_summary(planned(tmp_path, content)))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "left out, as their results are of another definition, data or preset: seed 1;" in printed
+    assert "sipo@0 mod@0 +0.500 (+0.400 to +0.600) 0.0010 0.0010" in printed
+    assert "sipo against mod (seed 0): wins, incomplete" in printed
+    assert "front is incomplete: there is no report of seeds 1, 2" in printed
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""An evaluation step: `sipo evaluate` in a process of its own, on what the steps left for all seeds."""
+"""An evaluation step: `sipo evaluate` in a process of its own, on what the steps of a seed left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway.experiments.result import Tokens
 from services.common.local.processes import dies_with_parent
 from sipo.errors import SipoError
 from sipo.evaluation.folder import REPORT
-from sipo.evaluation.report import EvaluationReport, family
+from sipo.evaluation.report import EvaluationReport
 
 COMMAND = (sys.executable, "-m", "gateway.entry", "evaluate")
 
@@ -39,7 +39,7 @@ def arguments(plan: Plan, step: Step, stage: Evaluate) -> list[str]:
     experiment, file = plan.experiment, plan.file
     kinds = {method.name: method.kind for method in stage.read_methods()}
     methods = ["base"] if "base" in kinds else []
-    methods += [f"{name}={kinds[family(name)]}:{_source(kinds[family(name)], used)}" for name, used in step.uses.items()]
+    methods += [f"{name}={kinds[name]}:{_source(kinds[name], used)}" for name, used in step.uses.items()]
     most, standard = experiment.max_prompts, experiment.standardise_on
     return [
         file.prompts_source(experiment.prompts),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,9 @@ from gateway.cli.experiment.show import time_left
 from gateway.cli.experiment.training import align, cut, fine_tune, lw, modpo, more_training
 from gateway.cli.experiment.workplace import Made, Workplace
 from gateway.experiments.plan import Plan, Step
-from gateway.experiments.published import publish_results
+from gateway.experiments.published import publish_seed
 from gateway.experiments.result import Result, seconds, timed, write_result
+from gateway.experiments.summary import Summary, write_summary
 from sipo.errors import Conflict
 
 MAKE: Mapping[str, Callable[[Workplace, Step, Any], Made]] = {
@@ -31,15 +32,16 @@ MAKE: Mapping[str, Callable[[Workplace, Step, Any], Made]] = {
 """By kind: the last argument is the stage, of that kind's class."""
 
 
-def run_experiment(at: Workplace) -> None:
-    """Raises what a step raises: the same call goes on with it."""
+def run_experiment(at: Workplace, seeds: Sequence[int]) -> Summary:
+    """Of the seeds alone; the summary is of all that have results. Raises what a step raises: the same call goes on with it."""
     plan = at.plan
+    steps = plan.steps_of(seeds)
     plan.write_data()
     with _claimed(plan):
-        for number, step in enumerate(plan.steps, start=1):
+        for number, step in enumerate(steps, start=1):
             if step.result() is not None:
                 continue
-            console.print(f"{number} of {len(plan.steps)}: {step.name} ({step.stage.kind})", markup=False)
+            console.print(f"{number} of {len(steps)}: {step.name} ({step.stage.kind})", markup=False)
             step.folder.mkdir(parents=True, exist_ok=True)
             with timed(step.folder):
                 made = MAKE[step.stage.kind](at, step, step.stage)
@@ -54,9 +56,13 @@ def run_experiment(at: Workplace) -> None:
                 policy_set=made.policy_set,
             )
             write_result(step.folder, result)
-            publish_results(plan)
-            console.print(f"{step.name}: {result.seconds:.0f} s; {time_left(plan)}", markup=False)
-    console.print(f"results: {publish_results(plan)}", markup=False)
+            if step.seed is not None:
+                publish_seed(plan, step.seed)
+                write_summary(plan)
+            console.print(f"{step.name}: {result.seconds:.0f} s; {time_left(plan, steps)}", markup=False)
+        for seed in seeds:
+            publish_seed(plan, seed)
+        return write_summary(plan)
 
 
 @contextmanager

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
 from gateway.cli.console import console
 from gateway.experiments.cost import Cost, Hours, hours, methods_tokens, seconds_left
-from gateway.experiments.plan import Plan
+from gateway.experiments.plan import Plan, Step
+from gateway.experiments.published import read_seeds, results_folder
 from gateway.experiments.result import RESULT, Result, Tokens, read_result
 from sipo.words import counted, share
 
@@ -23,15 +23,16 @@ def show_plan(plan: Plan) -> None:
         figures = ("no", "", "") if result is None else ("yes", f"{result.seconds:.0f}", _tokens(result.tokens))
         table.add_row(step.stage.name, step.stage.kind, seed, on, *figures, str(step.folder.relative_to(plan.root)))
     console.print(table)
-    console.print(f"\nfolder: {plan.root}\n{time_left(plan)}", markup=False)
+    console.print(f"\nfolder: {plan.root}\n{time_left(plan, plan.steps)}", markup=False)
 
 
-def time_left(plan: Plan) -> str:
-    """In words, by what the same stages took so far."""
-    missing = [step.stage.name for step in plan.steps if step.result() is None]
+def time_left(plan: Plan, steps: Sequence[Step]) -> str:
+    """For those of the steps that are not finished, in words, by what the same stages took so far."""
+    missing = [step.stage.name for step in steps if step.result() is None]
     if not missing:
-        return f"all of {counted(len(plan.steps), 'step')} are done"
-    measured = {name: list(_results(plan.root, name)) for name in missing}
+        return f"all of {counted(len(steps), 'step')} are done"
+    by_key = {result.key: result for result in _results(plan)}  # what is made once for all is among the results of every seed
+    measured = {name: [result for result in by_key.values() if result.stage == name] for name in missing}
     left, unknown = seconds_left(missing, measured)
     if set(unknown) == set(missing):
         return f"{counted(len(missing), 'step')} left; how long they take is known when the first of each stage is done"
@@ -39,11 +40,12 @@ def time_left(plan: Plan) -> str:
     return f"{known}; not measured yet: {', '.join(unknown)}" if unknown else known
 
 
-def _results(root: Path, stage: str) -> Iterable[Result]:
-    """Of a stage, in any seed and with any settings."""
-    for path in root.glob(f"*/{stage}-*/{RESULT}"):
-        result = read_result(path.parent)
-        if result is not None and result.stage == stage:  # a name may begin with another
+def _results(plan: Plan) -> Iterable[Result]:
+    """Of all stages, in any seed and with any settings: those that were published, by other machines as well, and those here."""
+    for seed in read_seeds(results_folder(plan)):
+        yield from seed.steps
+    for path in plan.root.glob(f"*/*/{RESULT}"):
+        if (result := read_result(path.parent)) is not None:
             yield result
 
 

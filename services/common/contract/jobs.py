@@ -5,11 +5,12 @@ It is kept in Redis (services.common.contract.job_store), and what is large of i
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from services.common.contract.evaluations import RoundEvaluationSpec
+from services.common.contract.states import State
 from sipo.preferences import ObjectiveName, SamplingMode, Weights
 from sipo.record import Record
 from sipo.selection import Filter
@@ -17,7 +18,7 @@ from sipo.training.data import Design
 from sipo.training.settings import TrainSettings
 
 
-class JobState(StrEnum):
+class JobState(State):
     """queued → aligning (no policies yet) → generating → training → evaluating → publishing → completed | failed | cancelled.
 
     From publishing the next round goes on with generating. `stop_after: pairs`, and a later round that accepts nothing, go from
@@ -33,10 +34,6 @@ class JobState(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
-
-    @property
-    def ended(self) -> bool:
-        return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 
 
 class JobSpec(Record):
@@ -81,6 +78,11 @@ class JobSpec(Record):
     seed: int = 0
     max_tokens: int = Field(default=128, ge=1, le=4096)
     review_max_tokens: int = Field(default=96, ge=1, le=4096)
+    sft: TrainSettings | None = Field(
+        default=None,
+        description="of a supervised fine-tuning on all responses of the input, before a first alignment: the policies of all "
+        "rounds lie on top of it; null: on the base",
+    )
     alignment: TrainSettings = Field(default=TrainSettings(epochs=2, learning_rate=5e-4, alpha=0))
     training: TrainSettings = Field(default=TrainSettings())
     learning_rates: dict[ObjectiveName, Annotated[float, Field(gt=0)]] = Field(
@@ -90,6 +92,9 @@ class JobSpec(Record):
         default="both",
         description="what a round's policies learn of each prompt: y_c over both originals; or one of the designs of the paper's "
         "Figure 8, with the objective's own preferred and dispreferred original",
+    )
+    evaluation: RoundEvaluationSpec | None = Field(
+        default=None, description="evaluate each round's policies, before and after, on prompts that the job does not train on"
     )
     stop_after: Literal["pairs"] | None = None
     activate: bool = Field(
@@ -106,4 +111,6 @@ class JobSpec(Record):
     def _check(self) -> Self:
         if self.stop_after == "pairs" and self.rounds > 1:
             raise ValueError("stop_after: pairs publishes no policies for a second round: leave one of stop_after and rounds out")
+        if self.stop_after == "pairs" and self.evaluation is not None:
+            raise ValueError("stop_after: pairs trains no policies to evaluate: leave one of stop_after and evaluation out")
         return self

@@ -1,5 +1,5 @@
-"""What things are called in Redis, and how much a stream holds. services.common.queue and services.common.contract.job_store alone
-read and write there; others name a stream to them."""
+"""What things are called in Redis, and how much a stream holds. services.common.queue and the stores of services.common.contract
+alone read and write there; others name a stream to them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ DECISIONS = "sipo:decisions"
 STREAMS = (PROMPTS, CANDIDATES, DECISIONS)
 
 JOBS = "sipo:jobs"  # sorted set of job ids by time of creation
+EVALUATIONS = "sipo:evaluations"  # the same of evaluations
+MACHINE = "sipo:machine"  # that of the trainer, as it told it last
 CAPACITY = 256  # messages in a stream; a message of candidates has some 20 kB
 GROUP = "sipo"  # one group a stream: what it has handled is deleted
 
@@ -20,6 +22,11 @@ def dead(stream: str) -> str:
 def job_key(job: str) -> str:
     """A job's hash: JSON values by field, `state` and the counts (see count_field) plain."""
     return f"sipo:job:{job}"
+
+
+def evaluation_key(evaluation: str) -> str:
+    """An evaluation's hash: JSON values by field, `state` plain."""
+    return f"sipo:evaluation:{evaluation}"
 
 
 def count_field(round_: int | str, name: str) -> str:

@@ -7,8 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from services.common.contract.versions import Versioned
+from sipo.evaluation.report import Interval
 from sipo.record import Record
-from sipo.training.settings import TrainMetrics
+from sipo.training.settings import SftMetrics, TrainMetrics
 
 
 class Funnel(Record):
@@ -73,6 +74,16 @@ class CandidatesAccount(Record):
     implicit_order: dict[str, ImplicitOrder] = Field(description="for the objectives that have a ground-truth function")
 
 
+class RoundEvaluation(Record):
+    """The policies before and after a round, on prompts that the job does not train on: figures of an evaluation's report."""
+
+    prompts: int
+    hypervolume: dict[str, Interval] = Field(default={}, description="by method: before and after")
+    difference: Interval | None = Field(default=None, description="of after to before, on the same prompts")
+    p_value: float | None = Field(default=None, description="of no difference")
+    error: str | None = Field(default=None, description="why there are no figures")
+
+
 class RoundReport(Record):
     round: int
     sampling_set: str
@@ -81,6 +92,7 @@ class RoundReport(Record):
     ground_truth: dict[str, GroundTruth] = Field(description="for the objectives that have a ground-truth function")
     candidates: CandidatesAccount | None = Field(default=None, description="None in reports of before there was such an account")
     training: dict[str, TrainMetrics] = Field(description="by objective; empty if nothing was trained")
+    evaluation: RoundEvaluation | None = Field(default=None, description="None if the job did not ask for one")
     policy_set: str | None = Field(description="what the round published")
 
 
@@ -90,6 +102,7 @@ class Report(Versioned, Record):
     job: str
     policy: str
     objectives: list[str]
+    sft: SftMetrics | None = Field(default=None, description="of the fine-tuning that the job did before its alignment")
     alignment: dict[str, TrainMetrics] = Field(description="by objective; empty if the job started from policies")
     rounds: list[RoundReport]
     policy_set: str | None = Field(description="the outcome: the newest set that the job has published")
