@@ -47,7 +47,7 @@ def _same_seeds(names: Sequence[str], one: str, other: str) -> list[Pair]:
     if not pairs:
         raise InvalidRequest(
             f"{one} and {other} have no seed in common, and are compared seed by seed: evaluate both with the same seeds, or name "
-            "others with --against",
+            "others in `against`",
             param="against",
         )
     return pairs

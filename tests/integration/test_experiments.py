@@ -261,10 +261,9 @@ def test_an_experiment_runs_from_the_fine_tuning_to_the_verdict(
     run: Run, system: FakeSystem, made: list[str], data_dir: Path, tmp_path: Path
 ) -> None:
     sitting = run("run", "--seed", "1")
-    assert sitting.exit_code == 0, sitting.output
+    assert (sitting.exit_code, len(made)) == (0, 1 + 2 + 3 + 3 + 2), sitting.output
     assert "all of 8 steps are done" in sitting.output
     assert "sipo against mod (seed 1): wins, incomplete" in sitting.output
-    assert len(made) == 1 + 2 + 3 + 3 + 2
     rest = run()
     assert rest.exit_code == 0, rest.output
     assert "all of 14 steps are done" in rest.output
