@@ -10,8 +10,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from gateway.cli.console import console
 from services.common.contract.job_store import Job
 from services.common.contract.jobs import JobState
+from sipo.evaluation.task import EvaluationProgress
 from sipo.training.settings import Progress as Training
-from sipo.words import counted
+from sipo.words import counted, share
 
 LINE_SECONDS = 15.0
 """Off a terminal, at most one line in this time for one stage."""
@@ -38,6 +39,8 @@ def _numbers(job: Job) -> str:
             done = f"step {training.step} of {training.of}, loss {training.loss:.4f}"
         note = f" ({training.note})" if training.note else ""
         return f"{training.objective}: {done}, {training.seconds_left:.0f} s left{note}"
+    if (evaluating := _evaluating(job)) is not None:
+        return f"{evaluating.stage}: {share(evaluating.done, evaluating.of, 'prompt')}"
     if job.state != JobState.GENERATING or job.total is None:
         return ""
     counts = job.counts
@@ -52,6 +55,12 @@ def _training(job: Job) -> Training | None:
     """The trainer's last word on the present run."""
     training = job.progress and job.state in (JobState.ALIGNING, JobState.TRAINING)
     return Training.model_validate(job.progress) if training else None
+
+
+def _evaluating(job: Job) -> EvaluationProgress | None:
+    """The trainer's last word on the round's evaluation, if it has one."""
+    evaluating = job.progress and job.state == JobState.EVALUATING
+    return EvaluationProgress.model_validate(job.progress) if evaluating else None
 
 
 def _show_live(fetch: Callable[[], Job], every: float) -> Job:
@@ -71,6 +80,8 @@ def _show_live(fetch: Callable[[], Job], every: float) -> Job:
             assert stage is not None
             if (training := _training(job)) is not None:
                 progress.update(stage, total=training.of, completed=training.step, detail=detail(job))
+            elif (evaluating := _evaluating(job)) is not None:
+                progress.update(stage, total=evaluating.of, completed=evaluating.done, detail=detail(job))
             elif job.state == JobState.GENERATING:
                 progress.update(stage, total=job.total, completed=job.counts.decided, detail=detail(job))
             time.sleep(every)

@@ -226,6 +226,15 @@ async def get_report(job: str, request: Request) -> Response:
     return FileResponse(report, media_type="application/json")
 
 
+@router.get("/{job}/report.html", response_class=FileResponse)
+async def get_page(job: str, request: Request) -> Response:
+    """The same for people, and the trainings' curves: a page that stands alone."""
+    page = (await _files(request, job)).page
+    if not page.is_file():
+        raise NotFound(f"{job} has no page yet: it is written when every prompt of the first round is decided")
+    return FileResponse(page, media_type="text/html")
+
+
 @router.get("/{job}/evaluations/{round}/{file}", response_class=FileResponse)
 async def get_evaluation_file(job: str, round: int, file: str, request: Request) -> Response:
     """Of the evaluation of a round: report.json, index.html, which stands alone, or a picture."""

@@ -13,6 +13,7 @@ from services.common.contract.evaluations import EvaluationSpec
 from services.common.local.child import Work
 from services.trainer.settings import TrainerSettings
 from sipo.evaluation.report import EvaluationReport
+from sipo.evaluation.summary import Context
 from sipo.evaluation.task import EvaluationProgress, TaskFolder
 from sipo.training.settings import Failure
 
@@ -28,10 +29,13 @@ class Evaluator:
     settings: TrainerSettings
     command: tuple[str, ...] = (sys.executable, *MODULE)
 
-    async def run(self, folder: TaskFolder, spec: EvaluationSpec, name: str, tell: Tell) -> EvaluationReport:
+    async def run(
+        self, folder: TaskFolder, spec: EvaluationSpec, name: str, tell: Tell, context: Context | None = None
+    ) -> EvaluationReport:
         """In `folder`, where its prompts are; goes on with what is there, and ends the process if cancelled. Raises a SipoError
         with what went wrong."""
-        folder.ask(task_of(spec, name, self.settings))
+        task = task_of(spec, name, self.settings)
+        folder.ask(task if context is None else task.model_copy(update={"context": context}))
         done: dict[str, int] = {}
 
         async def hear(told: EvaluationProgress) -> int:

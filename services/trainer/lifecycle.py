@@ -106,10 +106,11 @@ class Lifecycle:
                 await self.stages.train(job, await self._decisions(job), self._teller(job))
             job = await self._advance(job, JobState.EVALUATING, progress={})
         if job.state == JobState.EVALUATING:
+            report = await asyncio.to_thread(self.stages.report, job, await self._decisions(job))
             if self.stages.unevaluated(job):
                 async with self.turn():
-                    await self.stages.evaluate(job, self._teller(job))
-            await asyncio.to_thread(self.stages.report, job, await self._decisions(job))
+                    await self.stages.evaluate(job, report, self._teller(job))
+                await asyncio.to_thread(self.stages.report, job, await self._decisions(job))
             job = await self._advance(job, JobState.PUBLISHING, progress={})
         if job.state == JobState.PUBLISHING:
             published = await asyncio.to_thread(self.stages.publish, job)

@@ -6,12 +6,16 @@ is decided in services.trainer.lifecycle.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from services.common.contract.evaluations import FUNCTION, EvaluationSpec
+from services.common.contract.job_account import context_of
 from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job
 from services.common.contract.messages import PromptDecided
@@ -34,6 +38,8 @@ from sipo.training.planning import PlannedRun, Planner
 from sipo.training.run_folder import RunFolder, SftFolder
 from sipo.training.run_set import publish_runs
 from sipo.training.settings import SftRun, TrainMetrics, TrainSettings
+
+log = structlog.get_logger(__name__)
 
 RunTraining = Callable[[Path, Tell], Awaitable[object]]
 """Trains what a run.yaml says, and tells how far it is."""
@@ -91,9 +97,9 @@ class Stages:
         """Whether the job asks for an evaluation of its round that has not ended yet."""
         return job.spec.evaluation is not None and not self.files(job).evaluation_outcome(job.round).exists()
 
-    async def evaluate(self, job: Job, tell: TellEvaluation) -> None:
-        """The set that the round samples from, and the policies that it trained, on the prompts that were held out. What is found
-        is kept, and so is why nothing is: that is no reason to lose the round."""
+    async def evaluate(self, job: Job, report: Report, tell: TellEvaluation) -> None:
+        """The set that the round samples from, and the policies that it trained, on the prompts that were held out; `report` is
+        shown beside. What is found is kept, and so is why nothing is: that is no reason to lose the round."""
         asked, files = job.spec.evaluation, self.files(job)
         assert asked is not None and job.sampling_set is not None
         folder = TaskFolder(files.evaluation(job.round))
@@ -104,8 +110,10 @@ class Stages:
         spec = EvaluationSpec(**asked.model_dump(), methods=methods, against=["before"])
         folder.path.mkdir(exist_ok=True)
         write_atomically(folder.prompts_file, files.held_out.read_text(encoding="utf-8"))
+        name = f"{job.spec.policy}, round {job.round} of {job.id}"
+        context = await asyncio.to_thread(context_of, report, files, self.evaluator.settings.reward_models)
         try:
-            found = figures(await self.evaluator.run(folder, spec, f"{job.spec.policy}, round {job.round} of {job.id}", tell))
+            found = figures(await self.evaluator.run(folder, spec, name, tell, context))
         except Conflict:  # of what is told: the job has ended, or is another trainer's
             raise
         except (SipoError, OSError) as error:
@@ -119,7 +127,7 @@ class Stages:
         return self._publish(job, job.round, parent.objectives, parent=parent, **how)
 
     def report(self, job: Job, decisions: Sequence[PromptDecided], *, activated: bool = False, reason: str | None = None) -> Report:
-        """What the rounds came to so far, also as a file; `decisions` are those of the job's present round.
+        """What the rounds came to so far, also as files; `decisions` are those of the job's present round.
 
         What it says of the rounds before is taken over from that file, which is on disk before a job goes on to its next round.
         """
@@ -150,6 +158,12 @@ class Stages:
             reason=reason,
         )
         write_atomically(path, report.model_dump_json(indent=1))
+        from services.trainer.page import write_report_page  # with matplotlib, which takes a second to import
+
+        try:
+            write_report_page(report, self.files(job), self.evaluator.settings.reward_models)
+        except Exception:  # whatever is wrong with a page, the report has all that counts
+            log.exception("the job's page could not be made")
         sync(path.parent)
         return report
 

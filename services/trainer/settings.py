@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from services.common.local.training import launch_command
-from services.common.settings import JudgeSettings, Port
+from services.common.settings import JudgeSettings, Port, RewardModelSettings
 from sipo.errors import InvalidRequest
 
 
@@ -19,7 +19,7 @@ def _can_be_launched(accelerate: str | None) -> str | None:
     return accelerate
 
 
-class TrainerSettings(JudgeSettings):
+class TrainerSettings(JudgeSettings, RewardModelSettings):
     trainer_port: Port = 8004
     decoder_url: str = Field(
         default="http://127.0.0.1:8001", description="with decoder_sleeps: which decoder sleeps; several are separated by commas"

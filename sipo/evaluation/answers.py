@@ -134,7 +134,7 @@ def prompt_ids(plan: Plan) -> dict[str, list[list[int]]]:
             raise InvalidRequest(
                 f"{counted(len(too_long), 'prompt')} would leave no room for {counted(plan.max_tokens, 'token')} of answer in the "
                 f"{room + plan.max_tokens} of {method.base.ref.name}, the first is prompt {too_long[0]}, counted from 0: leave "
-                "them out, or give fewer --max-tokens",
+                "them out, or give a smaller `max_tokens`",
                 param="max_tokens",
             )
         ids[method.name] = tokens

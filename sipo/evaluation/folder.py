@@ -86,11 +86,11 @@ class EvaluationFolder:
         if plan_file.exists():
             if differing := _differing(plan_file, plan):
                 raise InvalidRequest(
-                    f"{self.path} was begun with other {' and '.join(differing)}: name another folder with --out", param="out"
+                    f"{self.path} was begun with other {' and '.join(differing)}: evaluate in another folder", param="out"
                 )
             return
         if self.path.exists() and any(not path.name.startswith(".") and path.name != PROMPTS for path in self.path.iterdir()):
-            raise InvalidRequest(f"{self.path} holds other files: name a new folder with --out", param="out")
+            raise InvalidRequest(f"{self.path} holds other files: evaluate in a new one", param="out")
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / PROMPTS, "".join(map(_line, plan.prompts)))
         write_atomically(plan_file, plan.identity_text())

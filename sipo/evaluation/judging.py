@@ -69,20 +69,27 @@ def judge(
     """By objective, and by the names of further judges. The folder may have the first ones. Raises a SipoError that names judge,
     method and prompt if a judge fails or gives no finite number; what was judged before stays."""
     asked = list(_asked(plan, answers))
-    rewards = {}
-    for objective in plan.all_judges:
-        stage, rows = f"rewards of {objective}", folder.rows(SCORES, objective, Scored)
-        scored = _begun(rows, asked)
-        model = _opened(plan, objective, open_judge) if len(scored) < len(asked) else None
-        while model is not None and len(scored) < len(asked):
-            tell(stage, len(scored), len(asked))
-            with folder.timed(stage):
-                new = [_score(plan, objective, model, one) for one in asked[len(scored) : len(scored) + SAVED]]
-            rows.add(new)
-            scored += new
+    return {
+        objective: _by_method(_judge(plan, objective, asked, folder, tell=tell, open_judge=open_judge))
+        for objective in plan.all_judges
+    }
+
+
+def _judge(
+    plan: Plan, objective: str, asked: Sequence[_Asked], folder: EvaluationFolder, *, tell: Tell, open_judge: OpenJudge
+) -> list[Scored]:
+    """Of one judge, whose model lives here and no longer: the next one may need all of the memory."""
+    stage, rows = f"rewards of {objective}", folder.rows(SCORES, objective, Scored)
+    scored = _begun(rows, asked)
+    model = _opened(plan, objective, open_judge) if len(scored) < len(asked) else None
+    while model is not None and len(scored) < len(asked):
         tell(stage, len(scored), len(asked))
-        rewards[objective] = _by_method(scored)
-    return rewards
+        with folder.timed(stage):
+            new = [_score(plan, objective, model, one) for one in asked[len(scored) : len(scored) + SAVED]]
+        rows.add(new)
+        scored += new
+    tell(stage, len(scored), len(asked))
+    return scored
 
 
 def _asked(plan: Plan, answers: Mapping[str, Sequence[Answer]]) -> Iterator[_Asked]:

@@ -121,7 +121,7 @@ class Methods:
         kind, _, source = (spec if equals else name).partition(":")
         if not METHOD_NAME.fullmatch(name) or kind not in KINDS:
             raise InvalidRequest(
-                f"cannot read the method {text!r}: write NAME={FORMS}; a name is letters, digits, ., _ and -", param="method"
+                f"cannot read the method {text!r}: write NAME={FORMS}; a name is letters, digits, ., _ and -", param="methods"
             )
         try:
             return KINDS[kind](self, name, source)
@@ -157,14 +157,14 @@ class Methods:
             raise InvalidRequest(
                 f"{chosen.id} has policies for {', '.join(chosen.objectives)}, and there are judges of "
                 f"{', '.join(self.objectives)}: give one for each of its objectives",
-                param="judge",
+                param="judges",
             )
         known = chosen.manifest.base
         if known.sha256 != base.ref.sha256:
             raise IncompatiblePolicy(
                 f"{chosen.id} was trained on {known.name} ({known.sha256[:12]}), not on {base.ref.name} ({base.ref.sha256[:12]}): "
-                f"write {named}@FOLDER with the folder of its base",
-                param="method",
+                f"`sipo evaluate` takes {named}@FOLDER, with the folder of its base",
+                param="methods",
             )
         chosen.verify()
         prompt_format = chosen.manifest.prompt_format
@@ -183,7 +183,7 @@ class Methods:
         text, base = self._with_base(source)
         file = expanded(text)
         models = _read_models(file)
-        weights = [normalize_weights(model.weights, self.objectives, param="method") for model in models]
+        weights = [normalize_weights(model.weights, self.objectives, param="methods") for model in models]
         folders = {
             format_weights(one): _adapter_in(file.parent / expanded(model.adapter))
             for one, model in zip(weights, models, strict=True)
@@ -204,11 +204,13 @@ class Methods:
         for run in runs:
             if run.base.is_dir() and model_sha256(run.base, self.cache_dir) != base.ref.sha256:
                 raise IncompatiblePolicy(
-                    f"its adapters were trained on {run.base}, not on {base.ref.name}: write @{run.base} behind it", param="method"
+                    f"its adapters were trained on {run.base}, not on {base.ref.name}: write @{run.base} behind it", param="methods"
                 )
         formats = list(dict.fromkeys(run.prompt_format for run in runs)) or [base.prompt_format]
         if len(formats) > 1:
-            raise IncompatiblePolicy("its adapters were trained with different prompt formats: train them with one", param="method")
+            raise IncompatiblePolicy(
+                "its adapters were trained with different prompt formats: train them with one", param="methods"
+            )
         formats[0].check(base.tokenizer)
         reference = reference_of(*runs) if runs else None
         return _Found(folders, None if reference is None else Adapter.open(reference, base), formats[0])
@@ -216,7 +218,7 @@ class Methods:
     def _with_base(self, source: str) -> tuple[str, Base]:
         """What stands before the last @, and the base that stands behind it."""
         if not source:
-            raise InvalidRequest(f"it names no source: write {FORMS}", param="method")
+            raise InvalidRequest(f"it names no source: write {FORMS}", param="methods")
         before, at, folder = source.rpartition("@")
         if not at or expanded(source).exists():
             return source, self._default
@@ -252,7 +254,7 @@ def _adapter_in(folder: Path) -> Path:
     """A PEFT adapter, or a training run's folder that has one."""
     found = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
     if not found.is_dir():
-        raise NotFound(f"there is no folder {folder}: it must hold the adapter", param="method")
+        raise NotFound(f"there is no folder {folder}: it must hold the adapter", param="methods")
     return found
 
 
@@ -270,10 +272,10 @@ def _read_models(file: Path) -> list[WeightedModel]:
     """Raises InvalidRequest, NotFound."""
     example = "a list of entries such as {weights: {concise: 0.2, warm: 0.8}, adapter: runs/lw-2/adapter}"
     if not file.is_file():
-        raise NotFound(f"there is no file {file}: it must be YAML, {example}", param="method")
+        raise NotFound(f"there is no file {file}: it must be YAML, {example}", param="methods")
     try:
         return TypeAdapter(list[WeightedModel]).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
     except ValidationError as error:
-        raise InvalidRequest(f"{file}: {explain(error)[1]}: write {example}", param="method") from error
+        raise InvalidRequest(f"{file}: {explain(error)[1]}: write {example}", param="methods") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} is no YAML ({' '.join(str(error).split())}): write {example}", param="method") from error
+        raise InvalidRequest(f"{file} is no YAML ({' '.join(str(error).split())}): write {example}", param="methods") from error

@@ -56,20 +56,21 @@ class Plan:
         if len(self.prompts) < 2:
             raise InvalidRequest(f"intervals need 2 prompts or more: there are {len(self.prompts)}", param="prompts")
         if not self.methods:
-            raise InvalidRequest("there is nothing to evaluate: name a method, as --method base", param="method")
+            raise InvalidRequest("there is nothing to evaluate: name a method, such as base", param="methods")
         names = [method.name for method in self.methods]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise InvalidRequest(f"two methods are called {twice!r}: each needs a name of its own", param="method")
+            raise InvalidRequest(f"two methods are called {twice!r}: each needs a name of its own", param="methods")
         if seeded := next((name for name in names if SEED.fullmatch(name) and family(name) in names), None):
             raise InvalidRequest(
-                f"{family(seeded)!r} is there with a seed and without: give each of its methods one, as {seeded}", param="method"
+                f"{family(seeded)!r} is there with a seed and without: give each of its methods one, as {seeded}", param="methods"
             )
         if twice := next((name for name in self.also if name in self.judges), None):
             raise InvalidRequest(f"{twice!r} is an objective already: give the further judge another name", param="also")
         if self.inexact and self.base_method is None:
             raise InvalidRequest(
-                f"the rewards of {self.inexact[0]} are counted from the base's, as their own zero means nothing: add --method base",
-                param="method",
+                f"the rewards of {self.inexact[0]} are counted from the base's, as their own zero means nothing: add base to the "
+                "methods",
+                param="methods",
             )
         if self.validation and not self.inexact:
             raise InvalidRequest("every judge is a function, whose rewards count as they are: nothing is standardised", param=ON)
@@ -148,9 +149,9 @@ def open_methods(methods: Methods, texts: Sequence[str], unseen: Sequence[Weight
 
 def read_judges(texts: Sequence[str]) -> dict[str, str]:
     """Addresses by objective, of OBJECTIVE=ADDRESS each. Raises InvalidRequest."""
-    judges = read_addresses(texts, "judge")
+    judges = read_addresses(texts, "judges")
     if len(judges) < 2:
-        raise InvalidRequest(f"a front has two objectives or more: give a judge for each, as --judge {EXAMPLE}", param="judge")
+        raise InvalidRequest(f"a front has two objectives or more: give a judge for each, as {EXAMPLE}", param="judges")
     return judges
 
 
@@ -176,8 +177,8 @@ def points_of(objectives: Sequence[str], texts: Sequence[str]) -> list[Weights]:
             return _grid(objectives, int(texts[0]) if texts else POINTS)
         if texts:
             raise InvalidRequest(
-                "an even grid is for two objectives: repeat --weights for each of more, or leave it out for the vertices, the "
-                "uniform weights and the midpoints",
+                "a number of weights is for two objectives: of more, write each of them, or leave `weights` out for the vertices, "
+                "the uniform weights and the midpoints",
                 param="weights",
             )
         return [*(one_hot_weights(name, objectives) for name in objectives), *sampling_weights(objectives)]
@@ -190,7 +191,7 @@ def unseen_of(objectives: Sequence[str], texts: Sequence[str], seen: Sequence[We
     if len(texts) == 1 and re.fullmatch(r"[0-9]{1,6}", texts[0]):
         if len(objectives) != 2 or int(texts[0]) < 1:
             raise InvalidRequest(
-                "a number of unseen weights, 1 or more, is for two objectives: repeat --unseen for each", param="unseen"
+                "a number of unseen weights, 1 or more, is for two objectives: of more, write each", param="unseen"
             )
         (first, second), count = objectives, int(texts[0])
         points = [{first: (part + 0.5) / count, second: 1 - (part + 0.5) / count} for part in range(count)]
@@ -198,7 +199,7 @@ def unseen_of(objectives: Sequence[str], texts: Sequence[str], seen: Sequence[We
         points = _read_points(objectives, texts, "unseen")
     for point in points:
         if any(_same(point, other) for other in seen):
-            raise InvalidRequest(f"the weights {format_weights(point)} are not unseen: --weights has them, too", param="unseen")
+            raise InvalidRequest(f"the weights {format_weights(point)} are not unseen: they are measured anyway", param="unseen")
     return points
 
 

@@ -37,15 +37,7 @@ def evaluate(
     """
     from sipo.evaluation.page import write_page  # with matplotlib, which takes a second to import
 
-    comparisons([method.name for method in plan.methods], against)
-    for method in plan.methods:
-        for where, trained in method.trained.items():
-            check_unseen(plan.prompts, trained, where)
-    check_judges(plan.all_judges)
-    ids = prompt_ids(plan)
-    validated = plan.validated
-    if validated is not None:
-        prompt_ids(validated)
+    ids, validated = check_plan(plan, against), plan.validated
     home = EvaluationFolder(folder)
     home.prepare(plan)
     with home.claimed():
@@ -69,6 +61,19 @@ def evaluate(
         home.finish(report)
         write_page(report, folder)
     return report
+
+
+def check_plan(plan: Plan, against: Sequence[str] = ()) -> dict[str, list[list[int]]]:
+    """All that can be known of a plan before anything is generated; returns every prompt's tokens, by method. Raises InvalidRequest
+    and NotFound for what cannot be evaluated, or be compared with `against`."""
+    comparisons([method.name for method in plan.methods], against)
+    for method in plan.methods:
+        for where, trained in method.trained.items():
+            check_unseen(plan.prompts, trained, where)
+    check_judges(plan.all_judges)
+    if plan.validated is not None:
+        prompt_ids(plan.validated)
+    return prompt_ids(plan)
 
 
 def _validate(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 
 import numpy as np
+from pydantic import Field
 
 from sipo.datasets import ConflictReport
 from sipo.errors import SipoError
@@ -43,6 +44,7 @@ from sipo.evaluation.report import (
     UnseenWeight,
 )
 from sipo.evaluation.unseen import at_unseen
+from sipo.record import Record
 
 SAMPLES = 4
 """Prompts whose answers are shown side by side, evenly spread over all."""
@@ -54,12 +56,12 @@ Divergences = Mapping[str, Sequence[Sequence[float]]]
 """By method: of each prompt that was looked at, a mean per-token KL at each of the method's points."""
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a report shows beside what was measured."""
+class Context(Record):
+    """What a report shows beside what was measured: how much the objectives of training data disagree, and the jobs that the
+    policies come from."""
 
-    data: Mapping[str, ConflictReport] = field(default_factory=dict)
-    jobs: Sequence[JobAccount] = ()
+    data: dict[str, ConflictReport] = Field(default={}, description="by file")
+    jobs: list[JobAccount] = Field(default=[])
 
 
 def summarise(
@@ -105,8 +107,8 @@ def summarise(
         originals=summary.preferred,
         agreement=agreements(plan, answers, rewards, seed=seed),
         bins={name: list(map(float, edges)) for name, edges in summary.bins.items()},
-        data=dict(context.data),
-        jobs=list(context.jobs),
+        data=context.data,
+        jobs=context.jobs,
         samples=[_sample(plan, made, index) for index in _shown_prompts(len(plan.prompts))],
         seconds=dict(seconds),
         tokens={one.method.name: int(one.tokens.sum()) for one in whole},
@@ -158,7 +160,7 @@ def _standard(plan: Plan, raw: Array, standards: Mapping[str, tuple[float, float
 def filtered(plan: Plan, jobs: Sequence[JobAccount]) -> dict[str, str]:
     """The judges that filtered the training pairs of any of the jobs: by name, what the job calls the reward model."""
     filters = {address: name for job in jobs for name, address in job.reward_models.items() if address}
-    return {name: filters[address] for name, address in plan.all_judges.items() if address in filters}
+    return {name: filters[shown(address)] for name, address in plan.all_judges.items() if shown(address) in filters}
 
 
 @dataclass(frozen=True)

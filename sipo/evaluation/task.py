@@ -17,17 +17,16 @@ from typing import Any
 
 from pydantic import Field
 
-from sipo.evaluation.answers import prompt_ids
-from sipo.evaluation.comparing import comparisons
 from sipo.evaluation.folder import PROMPTS, REPORT, RowFile
-from sipo.evaluation.judging import check_judges, open_judge
+from sipo.evaluation.judging import open_judge
 from sipo.evaluation.methods import Methods
 from sipo.evaluation.needs import Needs, needs_of
 from sipo.evaluation.plan import Plan, open_methods, points_of
-from sipo.evaluation.prompts import TestPrompt, check_unseen
+from sipo.evaluation.prompts import TestPrompt
 from sipo.evaluation.report import EvaluationReport
 from sipo.evaluation.reward_models import RewardFunction
-from sipo.evaluation.run import evaluate
+from sipo.evaluation.run import check_plan, evaluate
+from sipo.evaluation.summary import Context
 from sipo.files import write_atomically
 from sipo.policies import PolicyStore
 from sipo.record import Record
@@ -55,6 +54,7 @@ class Task(Record):
     max_tokens: int
     against: list[str] = Field(default=[])
     seed: int = 0
+    context: Context = Field(default=Context(), description="shown beside what is measured")
     model: str
     cache_dir: Path
     policies: Path
@@ -69,12 +69,7 @@ class Task(Record):
     def check(self, plan: Plan, machine: Machine | None) -> Needs | None:
         """All that can be known before anything is generated: raises a SipoError for what cannot be evaluated. The result is what
         it needs on `machine`, where that is known."""
-        comparisons([method.name for method in plan.methods], self.against)
-        for method in plan.methods:
-            for where, trained in method.trained.items():
-                check_unseen(plan.prompts, trained, where)
-        check_judges(plan.all_judges)
-        ids = prompt_ids(plan)
+        ids = check_plan(plan, self.against)
         if machine is None:
             return None
         needs = needs_of(plan, ids, machine)
@@ -131,7 +126,14 @@ def run(folder: TaskFolder, tell: Callable[[EvaluationProgress], None], gpu_memo
         return open_judge(address)
 
     return evaluate(
-        plan, folder.front, told, against=task.against, seed=task.seed, open_decoder=open_decoder, open_judge=open_limited
+        plan,
+        folder.front,
+        told,
+        against=task.against,
+        seed=task.seed,
+        context=task.context,
+        open_decoder=open_decoder,
+        open_judge=open_limited,
     )
 
 

@@ -47,7 +47,7 @@ def most_even(report: EvaluationReport, method: str) -> Proposal:
     chosen = _method(report, method)
     base = next((one.points[0] for one in report.methods if one.kind == "base"), None)
     if base is None:
-        raise InvalidRequest("the report has no base, over which gains could be told: evaluate with --method base", param="method")
+        raise InvalidRequest("the report has no base, over which gains could be told: evaluate a base, too", param="method")
 
     def gain(point: AtWeight, name: str) -> float:
         best = max(_mean(other, name) for other in _weighted(chosen)) - _mean(base, name)

@@ -1,4 +1,4 @@
-"""What a training process sees to before torch is imported: one GPU is enough for it, and its run is nobody else's."""
+"""What a process that trains or evaluates sees to before torch is imported: one GPU is enough, and its work is nobody else's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO
 from sipo.errors import Conflict
 
 CLAIM_SECONDS = 60
-"""For which a run waits until another process has left it: one that is being ended, whose trainer was killed."""
+"""For which a process waits until another has left its work: one that is being ended, whose trainer was killed."""
 
 
 def take_one_gpu() -> None:
@@ -21,7 +21,8 @@ def take_one_gpu() -> None:
 
 
 def claim(path: Path) -> IO[str]:
-    """The run's file, locked until it is closed or the process ends. Raises Conflict if another process keeps it."""
+    """The file that says what the work is, locked until it is closed or the process ends. Raises Conflict if another process keeps
+    it."""
     file = path.open()
     for _ in range(CLAIM_SECONDS):
         try:
@@ -30,4 +31,4 @@ def claim(path: Path) -> IO[str]:
         except BlockingIOError:
             time.sleep(1)
     file.close()
-    raise Conflict(f"{path.parent} is being trained already, by another process")
+    raise Conflict(f"{path.parent} is another process's work already: wait for it, or stop it")

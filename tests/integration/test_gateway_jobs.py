@@ -234,6 +234,18 @@ async def test_the_report_is_there_once_it_is_written(gateway: httpx.AsyncClient
     assert (await gateway.get(f"/v1/jobs/{job}/report")).json() == {"accepted": 1}
 
 
+async def test_so_is_its_page(gateway: httpx.AsyncClient, tmp_path: Path) -> None:
+    job = (await submit(gateway, rows(1))).json()["id"]
+    missing = await gateway.get(f"/v1/jobs/{job}/report.html")
+    assert (missing.status_code, missing.json()["error"]["message"]) == (
+        404,
+        f"{job} has no page yet: it is written when every prompt of the first round is decided",
+    )
+    (tmp_path / "jobs" / job / "report.html").write_text("<h1>A job</h1>")
+    page = await gateway.get(f"/v1/jobs/{job}/report.html")
+    assert (page.headers["content-type"].partition(";")[0], page.text) == ("text/html", "<h1>A job</h1>")
+
+
 async def test_the_feeder_queues_the_chosen_rows_with_the_jobs_plan(
     gateway: httpx.AsyncClient, redis: Redis, tmp_path: Path
 ) -> None:

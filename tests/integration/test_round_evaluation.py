@@ -125,6 +125,10 @@ async def test_a_round_is_evaluated_before_it_is_published_and_the_report_has_th
     assert evaluation.difference is not None and evaluation.difference.value == 0, "the engine answers both alike"
     page = await gateway.get(f"/v1/jobs/{job.id}/evaluations/1/index.html")
     assert page.status_code == 200 and f"demo, round 1 of {job.id}" in page.text
+    assert f"Job {job.id}, policies demo" in page.text and "From prompts to training pairs" in page.text
+    assert "the job’s input" in page.text, "how much its objectives disagree"
+    own = await gateway.get(f"/v1/jobs/{job.id}/report.html")
+    assert 'href="evaluations/1/index.html"' in own.text and "Between after and before no difference is certain" in own.text
     for path in ("1/plan.json", "2/index.html"):
         assert (await gateway.get(f"/v1/jobs/{job.id}/evaluations/{path}")).status_code == 404
 
@@ -140,3 +144,4 @@ async def test_an_evaluation_that_fails_does_not_lose_the_round(redis: Redis, st
     evaluation = report_of(stages, job).rounds[0].evaluation
     assert (done.policy_set, evaluation and evaluation.error) == ("demo:2", "the judge is silent")
     assert "evaluation-1" not in done.artifacts
+    assert "It could not be evaluated: the judge is silent." in stages.files(job).page.read_text()

@@ -235,6 +235,7 @@ async def test_a_fine_tuning_is_the_reference_of_the_first_policies_and_of_all_r
             sets[0].manifest.reference and sets[0].manifest.reference.sha256,
         )
     assert report_of(stages, job).sft == TUNED
+    assert "fine-tuning" in files.page.read_text()
 
 
 async def test_a_fine_tuning_of_a_job_runs_in_a_process_of_its_own(redis: Redis, stages: Stages, runs: list[str]) -> None:

@@ -58,6 +58,24 @@ async def test_a_job_without_policies_aligns_samples_trains_and_publishes(redis:
     assert report.alignment.keys() == only.training.keys() == set(OBJECTIVES)
     assert only.candidates is not None
     assert (only.candidates.stages["sample"].candidates, only.candidates.accepted.responses) == (3, 3)
+    assert done.artifacts == {"decisions": "decisions.jsonl", "report": "report.json", "page": "report.html"}
+    page = stages.files(job).page.read_text()
+    assert "demo:2, which became current" in page and "of 3 prompts 3 have a response that passed the filter" in page
+
+
+async def test_a_page_that_cannot_be_made_does_not_lose_the_job(
+    redis: Redis, stages: Stages, runs: list[str], adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr("services.trainer.page.write_report_page", broken)
+    policies(stages, adapter)
+    job = await submit(redis, stages)
+    async with trainer(redis, stages):
+        await decide(redis, job)
+        done = await until(redis, job, JobState.COMPLETED)
+    assert done.artifacts == {"decisions": "decisions.jsonl", "report": "report.json"}
 
 
 async def test_the_application_is_ready_once_it_has_base_and_lease_and_then_leads_jobs_to_their_end(

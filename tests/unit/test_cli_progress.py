@@ -9,6 +9,7 @@ import pytest
 from gateway.cli.progress import watch_job
 from services.common.contract.job_store import Counts, Job
 from services.common.contract.jobs import JobSpec, JobState
+from sipo.evaluation.task import EvaluationProgress
 from sipo.training.settings import Progress
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -18,6 +19,7 @@ QUEUED = Job(id="job-1", spec=JobSpec(policy="demo"), state=JobState.QUEUED, cre
 def test_each_stage_is_told_once_with_its_numbers_until_the_job_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
     step = Progress(objective="warm", stage="training", step=3, of=20, seconds_left=40, loss=0.51)
     reference = Progress(objective="warm", stage="reference", step=80, of=160, seconds_left=60)
+    answered = EvaluationProgress(stage="answers of after", done=8, of=32)
     counts = Counts(queued=16, sampled=9, decided=7, accepted=4, none=2, failed=1)
     jobs = [
         QUEUED,
@@ -25,15 +27,17 @@ def test_each_stage_is_told_once_with_its_numbers_until_the_job_has_ended(capsys
         QUEUED.model_copy(update={"state": JobState.GENERATING, "total": 16, "counts": counts}),
         QUEUED.model_copy(update={"state": JobState.ALIGNING, "progress": reference.model_dump()}),
         QUEUED.model_copy(update={"state": JobState.TRAINING, "progress": step.model_dump()}),
+        QUEUED.model_copy(update={"state": JobState.EVALUATING, "progress": answered.model_dump()}),
         QUEUED.model_copy(update={"state": JobState.COMPLETED, "policy_set": "demo:2"}),
     ]
     coming = iter(jobs)
     assert watch_job(lambda: next(coming), every=0) == jobs[-1]
     lines = [line.split(" s  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
-    assert [line.split()[0] for line in lines] == ["queued", "generating", "aligning", "training", "completed"]
+    assert [line.split()[0] for line in lines] == ["queued", "generating", "aligning", "training", "evaluating", "completed"]
     assert "of 16 prompts 9 have candidates, 7 are decided: 4 accepted, 2 without a better answer, 1 failed" in lines[1]
     assert "warm: reference has scored 80 of 160 pairs, 60 s left" in lines[2]
     assert "warm: step 3 of 20, loss 0.5100, 40 s left" in lines[3]
+    assert "evaluating  answers of after: 8 of 32 prompts" in lines[4]
 
 
 def test_of_several_rounds_each_is_told_by_its_number(capsys: pytest.CaptureFixture[str]) -> None:

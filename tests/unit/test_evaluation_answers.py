@@ -101,7 +101,7 @@ def test_answers_of_another_plan_are_never_mixed(tiny_base: Path, tmp_path: Path
     generated(plan, tmp_path / "out", FakeEngine())
     before = (tmp_path / "out" / "answers" / "mod.jsonl").read_bytes()
     for other, words in (
-        (plan_of([method_of(tiny_base, "mod", adapters="other")]), "begun with other methods: name another folder with --out"),
+        (plan_of([method_of(tiny_base, "mod", adapters="other")]), "begun with other methods: evaluate in another folder"),
         (plan_of([method_of(tiny_base, "mod")], prompts=5), "begun with other prompts: "),
     ):
         with pytest.raises(InvalidRequest, match=words):

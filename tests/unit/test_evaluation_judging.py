@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from math import nan
 from pathlib import Path
@@ -84,6 +85,23 @@ def test_a_judge_that_fails_is_named_and_what_it_judged_before_stays(
     rewards = judged(plan, tmp_path / "out", {"warm": mended})  # concise is not even opened
     assert mended.asked[0] == f"mod {SAVED} 0"
     assert rewards["warm"] == rewards["concise"] == judged(plan, tmp_path / "whole", {"concise": Judge(), "warm": Judge()})["warm"]
+
+
+def test_a_judge_is_released_before_the_next_is_opened(tiny_base: Path, tmp_path: Path) -> None:
+    """Two models at once may be more than there is room for."""
+    home, plan = EvaluationFolder(tmp_path / "out"), plan_of([method_of(tiny_base, "mod")])
+    home.prepare(plan)
+    opened: list[weakref.ref[Judge]] = []
+
+    def open_judge(address: str) -> Judge:
+        assert not [one for one in opened if one() is not None]
+        judge = Judge()
+        opened.append(weakref.ref(judge))
+        return judge
+
+    with home.claimed():
+        judge(plan, answered(plan), home, silent, open_judge)
+    assert len(opened) == 2
 
 
 def test_rewards_of_something_else_are_told(tiny_base: Path, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_policies_of_another_base_are_refused_by_the_set_and_by_the_run_that_mad
     opened: Open, other_base: Path, adapters: Path, tmp_path: Path
 ) -> None:
     other_base = other_base.rename(other_base.with_name("plain"))
-    with pytest.raises(IncompatiblePolicy, match=r"demo:1 was trained on tiny .* write demo@FOLDER"):
+    with pytest.raises(IncompatiblePolicy, match=r"demo:1 was trained on tiny .* takes demo@FOLDER"):
         opened(f"a=mod:demo@{other_base}")
     runs = tmp_path / "runs"
     trained = _trained(runs, adapters, other_base)

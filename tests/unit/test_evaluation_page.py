@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sipo.datasets import ConflictReport, PairConflict
-from sipo.evaluation.job_account import CurvePoint, JobAccount, RoundShown, StageShown, TrainingShown
-from sipo.evaluation.page import write_page
+from sipo.evaluation.job_account import CurvePoint, JobAccount, RoundShown, StageShown, TrainingShown, TruthShown
+from sipo.evaluation.page import Evaluated, write_job_page, write_page
 from sipo.evaluation.page.front import staircase
 from sipo.evaluation.page.words import answer, comparison_in_words, findings, number, percent, places, warnings
 from sipo.evaluation.report import (
@@ -339,6 +339,7 @@ def over_base(seed: int) -> Comparison:
     )
 
 
+CONFLICTS = ConflictReport(385, {}, 385, 218, [PairConflict("concise", "warm", 385, 218)])
 JOB = JobAccount(
     job="job-7",
     policy="demo",
@@ -352,6 +353,7 @@ JOB = JobAccount(
             accepted=160,
             pairs=320,
             stages={"rewrite": StageShown(candidates=1200, truncated=60, truly_better=300)},
+            ground_truth={"warm": TruthShown(originals=(0.31, 0.28), accepted=0.412)},
             chosen=160,
             chosen_better=80,
             available=190,
@@ -385,7 +387,7 @@ def test_a_page_shows_all_that_a_report_may_have(tmp_path: Path) -> None:
         originals={"concise": {"concise": 0.3, "warm": 0.1}, "warm": {"concise": 0.2, "warm": 0.35}},
         agreement={"warm": around(0.71)},
         bins={"concise": [0.0, 0.25, 0.5, 0.75], "warm": [0.0, 0.5, 1.0, 1.5]},
-        data={"train.jsonl": ConflictReport(385, {}, 385, 218, [PairConflict("concise", "warm", 385, 218)])},
+        data={"train.jsonl": CONFLICTS},
         jobs=[JOB],
     )
     page = Page(write_page(whole, tmp_path))
@@ -409,6 +411,7 @@ def test_a_page_shows_all_that_a_report_may_have(tmp_path: Path) -> None:
         "made by rewrite 1,200 5 % 25 %",
         "prompts with a better one 190",
         "warm: order of the implicit reward 100 75 %",
+        "Response 0 Response 1 Accepted Round 1 warm 0.310 0.280 0.412",
         "First alignment warm 300 2 0.693 0.512 0.500 0.780 held-out pairs",
     ):
         assert words in page.text, words
@@ -420,6 +423,53 @@ def test_a_page_shows_all_that_a_report_may_have(tmp_path: Path) -> None:
     assert "mod (seeds 1, 2)" in drawn
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
+
+
+def test_a_job_has_a_page_of_its_own(tmp_path: Path) -> None:
+    second = JOB.rounds[0].model_copy(update={"round": 2, "prompts": 140, "accepted": 1, "pairs": 1})
+    tuned = JOB.trainings[0].model_copy(update={"objective": "fine-tuning", "accuracy": None, "curve": []})
+    job = JOB.model_copy(
+        update={
+            "rounds": [*JOB.rounds, second],
+            "trainings": [tuned, *JOB.trainings],
+            "policy_set": "demo:3",
+            "activated": True,
+            "reason": "round 2 of 3 left <nothing>",
+            "reward_models": {"kind": "http://host/score", "lost": ""},
+        }
+    )
+    found = Comparison(method="after", against="before", difference=around(0.02), p_value=0.01)
+    evaluations = [
+        Evaluated(1, 32, found, link="evaluations/1/index.html"),
+        Evaluated(2, 32, "the judge is silent", link=None),
+    ]
+    path = tmp_path / "report.html"
+    write_job_page(job, path, data={"the job’s input": CONFLICTS}, evaluations=evaluations)
+    page = Page(path)
+    for words in (
+        "Job job-7 Policies demo Published demo:3, which became current",
+        "Reward model kind http://host/score Reward model lost not known any more",
+        "Round 1: of 300 prompts 160 have a response that passed the filter, which makes 320 training pairs.",
+        "after’s hypervolume is 0.020 higher than before’s (95 %: 0.008 to 0.032, p = 0.01). The evaluation, on 32 prompts",
+        "Round 2: of 140 prompts 1 has a response that passed the filter, which makes 1 training pair. It could not be evaluated: "
+        "the judge is silent.",
+        "There are no more rounds: round 2 of 3 left <nothing>.",
+        "rejected: worse than original 1,800 1,800",
+        "Response 0 Response 1 Accepted Round 1 warm 0.310 0.280 0.412",
+        "made by rewrite 1,200 5 % 25 %",
+        "First alignment fine-tuning 300 2 0.693 0.512 – – held-out pairs",
+        "the job’s input concise and warm 385 218 57 %",
+    ):
+        assert words in page.text, words
+    assert [link["href"] for link in page.all("a")] == ["evaluations/1/index.html"]
+    assert [picture["aria-label"] for picture in page.all("svg")] == ["Losses of the trainings of job-7 over their steps."]
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"], "pictures are in the page alone"
+
+    bare = JobAccount(job="job-8", policy="demo", rounds=JOB.rounds, trainings=[])
+    write_job_page(bare, path)
+    page = Page(path)
+    assert "Published none so far Round 1: of 300 prompts" in page.text
+    assert "Trainings" not in page.text and not page.all("svg")
 
 
 def test_what_seeds_do_not_agree_on_is_not_decided() -> None:

@@ -87,7 +87,7 @@ def test_two_objectives_have_an_even_grid_and_more_their_vertices_and_midpoints(
     ("objectives", "texts", "words"),
     [
         (OBJECTIVES, ["1"], "2 weights or more"),
-        (["a", "b", "c"], ["6"], "an even grid is for two objectives"),
+        (["a", "b", "c"], ["6"], "a number of weights is for two objectives"),
         (OBJECTIVES, ["concise=0.5"], "no weight for 'warm'"),
         (OBJECTIVES, ["concise=0.5,warm=0.5", "warm=0.5,concise=0.5"], "given twice"),
         (OBJECTIVES, ["6", "7"], "cannot read '6'"),
@@ -132,7 +132,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         plan_of([])
     with pytest.raises(InvalidRequest, match="two methods are called 'mod'"):
         plan_of([mod, mod])
-    with pytest.raises(InvalidRequest, match=r"the rewards of warm are counted from the base's.*--method base"):
+    with pytest.raises(InvalidRequest, match=r"the rewards of warm are counted from the base's.*add base to the methods"):
         plan_of([mod], judges={**JUDGES, "warm": "http://host/score"})
 
 

@@ -91,7 +91,7 @@ def test_seeds_unseen_weights_and_all_that_a_report_can_show(
         *("--data", str(BUNDLED), "--job", "job/report.json", "--against", "a", "--kl"),
     )
     judges = ("--judge", "concise=python:concise", "--judge", "warm=http://host/score")
-    monkeypatch.setenv("SIPO_REWARD_MODELS", json.dumps({"kind": "http://host/score"}))
+    monkeypatch.setenv("SIPO_REWARD_MODELS", json.dumps({"kind": "http://user:secret@host/score?key=secret"}))
     result = evaluate(*options, methods=[part for method in methods for part in ("--method", method)], judges=judges)
     assert result.exit_code == 0, result.output
     report = _report()
@@ -107,8 +107,12 @@ def test_seeds_unseen_weights_and_all_that_a_report_can_show(
     assert report.methods[0].points[0].rewards["warm"].value != 0  # of which the mean is that of the validation prompts
     assert (report.also, set(report.agreement)) == ({"loud": "http://loud/score"}, {"warm"})
     assert report.data[str(BUNDLED)].conflicting == 173  # of those that are trained on
+    assert "secret" not in report.model_dump_json()
     assert (report.filtered, report.jobs[0].rounds[0].accepted) == ({"warm": "kind"}, 3)
-    assert [(point.step, point.validation) for point in report.jobs[0].trainings[0].curve] == [(1, False), (2, True)]
+    assert [(point.step, point.loss, point.validation) for point in report.jobs[0].trainings[0].curve] == [
+        (1, 0.7, False),
+        (2, 0.6, True),
+    ]
     assert report.methods[1].points[1].divergence is not None
     assert report.methods[1].points[1].divergence.value > 0
     assert "warning: the judge of warm filtered the training pairs, as kind" in result.stderr
@@ -221,7 +225,9 @@ def _write_job(folder: Path) -> None:
     files = JobFiles(folder)
     history = files.training_run(1, "warm") / HISTORY
     history.parent.mkdir(parents=True)
-    history.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "eval_loss": 0.6}\n{"step": 2, "train_runtime": 9}\n')
+    history.write_text(
+        '{"step": 1, "loss": 0.7}\n{"step": 2, "eval_loss": 0.6}\n{"step": 2, "train_runtime": 9}\n{"step": 2, "eval_loss": 0.5}\n'
+    )
     files.report.write_text(report.model_dump_json())
     rewards = {"concise": 0.1, "warm": 0.2, "concise=0.5,warm=0.5": 0.3, "kind": 4.0}
     example = Example(prompt="Hi", response_0="a", response_1="b", labels={"warm": 1})

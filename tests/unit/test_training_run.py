@@ -469,7 +469,7 @@ def test_a_run_is_one_processs_at_a_time(run: TrainRun, tmp_path: Path, monkeypa
     RunFolder(tmp_path).prepare(run, PAIRS)
     path = RunFolder(tmp_path).run_file
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
-    with claim(path), pytest.raises(Conflict, match="is being trained already, by another process"):
+    with claim(path), pytest.raises(Conflict, match="is another process's work already"):
         claim(path)
     claim(path).close()
 

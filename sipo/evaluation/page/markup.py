@@ -20,7 +20,7 @@ from sipo.evaluation.page.looks import COLOURS
 def save(figure: Figure, path: Path) -> str:
     """As PATH.png and PATH.svg, without dates in them. Returns what the latter holds."""
     figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
-    svg = _svg(figure, path.name)
+    svg = svg_of(figure, path.name)
     path.with_suffix(".svg").write_text(svg, encoding="utf-8")
     return svg
 
@@ -53,7 +53,7 @@ def inline(drawn: str, width: float, name: str, alternative: str) -> Markup:
     return Markup(ET.tostring(svg, encoding="unicode", method="html"))
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def svg_of(figure: Figure, salt: str) -> str:
     """The salt makes its ids the same every time."""
     text = StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):

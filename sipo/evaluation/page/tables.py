@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from sipo.datasets import ConflictReport
@@ -324,7 +324,7 @@ def agreement(report: EvaluationReport) -> Table:
     )
 
 
-def data(report: EvaluationReport) -> Table:
+def data(reports: Mapping[str, ConflictReport]) -> Table:
     def rows(found: ConflictReport) -> list[tuple[str, list[Cell]]]:
         pairs = [(f"{one.first} and {one.second}", one.rows, one.conflicting) for one in found.pairs]
         counts = pairs if len(pairs) == 1 else [*pairs, ("any two", found.comparable, found.conflicting)]
@@ -336,7 +336,7 @@ def data(report: EvaluationReport) -> Table:
     return Table(
         caption="How often the objectives of training data prefer different responses.",
         columns=["Objectives", "Rows with both", "Conflicting", "Share"],
-        groups=[Group(name, rows(found)) for name, found in report.data.items()],
+        groups=[Group(name, rows(found)) for name, found in reports.items()],
     )
 
 
@@ -398,11 +398,29 @@ def account(job: JobAccount) -> Table:
     )
 
 
+def ground_truth(job: JobAccount) -> Table:
+    return Table(
+        caption="Mean ground truth of the prompts with an accepted response",
+        columns=["", "Response 0", "Response 1", "Accepted"],
+        groups=[
+            Group(
+                f"Round {one.round}",
+                [
+                    (name, [Cell(number(mean, 3)) for mean in (*means.originals, means.accepted)])
+                    for name, means in one.ground_truth.items()
+                ],
+            )
+            for one in job.rounds
+            if one.ground_truth
+        ],
+    )
+
+
 def trainings(job: JobAccount) -> Table:
     def cells(one: TrainingShown) -> list[Cell]:
-        figures = [*one.loss, *one.accuracy]
+        figures = [*one.loss, *(one.accuracy or (None, None))]
         held = "held-out pairs" if one.held_out else "the training pairs"
-        return [Cell(f"{one.pairs:,}"), Cell(f"{one.steps:,}"), *(Cell(number(figure, 3)) for figure in figures), Cell(held)]
+        return [Cell(f"{one.pairs:,}"), Cell(f"{one.steps:,}"), *(_figure(figure, 3) for figure in figures), Cell(held)]
 
     rounds = dict.fromkeys(one.round for one in job.trainings)
     return Table(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import floor, log10
 
 from sipo.evaluation.comparing import certain
+from sipo.evaluation.job_account import JobAccount, RoundShown
 from sipo.evaluation.report import (
     AtWeight,
     Comparison,
@@ -22,6 +23,7 @@ from sipo.evaluation.report import (
     seed_of,
 )
 from sipo.preferences import Weights
+from sipo.words import counted
 
 _KINDS: Mapping[Kind, str] = {
     "base": "alone",
@@ -260,6 +262,23 @@ def improvements_in_words(report: EvaluationReport) -> str:
         if comparison.improvements
     ]
     return f"Mean improvement over all objectives by weight, with 95 % intervals. {'. '.join(lines)}."
+
+
+# A job
+
+
+def round_in_words(one: RoundShown) -> str:
+    have = "has" if one.accepted == 1 else "have"
+    accepted = f"of {counted(one.prompts, 'prompt')} {one.accepted} {have} a response that passed the filter"
+    return f"Round {one.round}: {accepted}, which makes {counted(one.pairs, 'training pair')}."
+
+
+def evaluated_in_words(found: Comparison | str) -> str:
+    return f"It could not be evaluated: {found}." if isinstance(found, str) else comparison_in_words(found)
+
+
+def curves_in_words(job: JobAccount) -> str:
+    return f"Losses of the trainings of {job.job} over their steps."
 
 
 # What the tables show
