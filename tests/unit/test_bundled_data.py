@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,10 @@ def test_the_test_prompts_are_547_others() -> None:
     prompts = bundled_test_prompts()
     assert len(prompts) == len(set(prompts)) == 547
     assert not set(prompts) & {*bundled_eval_prompts(), *(example.prompt for example in bundled_examples())}
+
+
+def test_no_prompt_for_further_training_data_is_one_of_another_file() -> None:
+    prompts = (files("sipo") / "data" / "bundled" / "more_prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert len(prompts) == len(set(prompts)) == 1056
+    others = {*bundled_test_prompts(), *bundled_eval_prompts(), *(example.prompt for example in bundled_examples())}
+    assert not set(prompts) & others
