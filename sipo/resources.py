@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from sipo.errors import InvalidRequest
+from sipo.errors import InvalidRequest, SipoError
 from sipo.record import Record
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ class Machine(Record):
 
 
 def this_machine(gpu_memory: float = 1.0) -> Machine:
-    """With the first GPU, if there is one, of whose memory the part `gpu_memory` may be taken."""
+    """With the first GPU, if there is one, of whose memory the part `gpu_memory` may be taken. This process keeps some of a GPU's
+    memory from then on, just for having asked: see machine_told."""
     import torch
 
     if not torch.cuda.is_available():
@@ -54,6 +57,16 @@ def this_machine(gpu_memory: float = 1.0) -> Machine:
     device = torch.cuda.get_device_properties(0)
     memory = int(gpu_memory * device.total_memory)
     return Machine(device=device.name, gpu=True, memory=memory, bytes_per_weight=_bytes_per_weight())
+
+
+def machine_told(gpu_memory: float = 1.0) -> Machine:
+    """As this_machine, asked by a process of its own, for one that computes nothing itself."""
+    command = [sys.executable, "-m", "sipo.resources", str(gpu_memory)]
+    try:
+        told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    except subprocess.CalledProcessError as error:
+        raise SipoError(f"what this machine computes on cannot be told: {error.stderr.strip()}") from error
+    return Machine.model_validate_json(told.stdout)
 
 
 def engine_memory(base: Path, machine: Machine, *, slots: int, tokens: int) -> int:
@@ -186,3 +199,7 @@ def _on_a_cpu(size: int) -> int:
     import torch
 
     return 0 if torch.accelerator.is_available() else size
+
+
+if __name__ == "__main__":
+    print(this_machine(float(sys.argv[1])).model_dump_json())

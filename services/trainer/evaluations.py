@@ -19,7 +19,7 @@ from services.common.contract.records import Lease
 from services.trainer.evaluator import Evaluator, Tell
 from sipo.errors import Conflict, NotFound, SipoError
 from sipo.evaluation.task import EvaluationProgress, TaskFolder
-from sipo.resources import this_machine
+from sipo.resources import machine_told
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +39,7 @@ class Evaluations:
 
     async def run(self) -> None:
         """Until cancelled; ends when the lease is lost. Says what machine this is, for those who ask for evaluations."""
-        machine = await asyncio.to_thread(this_machine, self.evaluator.settings.trainer_gpu_memory)
+        machine = await asyncio.to_thread(machine_told, self.evaluator.settings.trainer_gpu_memory)
         while not self.lease.lost.is_set():
             try:
                 await self.store.tell_machine(machine)
