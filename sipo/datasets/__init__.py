@@ -4,7 +4,7 @@ It knows nothing of jobs or models. Everything is read and checked before anythi
 InvalidData names its first wrong line.
 """
 
-from sipo.datasets.bundled import bundled_eval_prompts, bundled_examples, bundled_test_prompts
+from sipo.datasets.bundled import bundled_eval_prompts, bundled_examples, bundled_on_policy_examples, bundled_test_prompts
 from sipo.datasets.conflicts import ConflictReport, PairConflict, conflict_report, subset
 from sipo.datasets.dataset import Answers, Dataset, Pair, answers_of, joined
 from sipo.datasets.reading import read, read_rows, read_upload
@@ -18,6 +18,7 @@ __all__ = [
     "answers_of",
     "bundled_eval_prompts",
     "bundled_examples",
+    "bundled_on_policy_examples",
     "bundled_test_prompts",
     "conflict_report",
     "joined",

@@ -1,4 +1,4 @@
-"""The data set that ships with the project: see sipo/data/bundled/README.md, and scripts/make_bundled_data.py that makes it."""
+"""The data that ships with the project: see sipo/data/bundled/README.md, and the scripts that make it, scripts/make_*_data.py."""
 
 from __future__ import annotations
 
@@ -28,11 +28,23 @@ def bundled_examples(split: Split | None = None, objectives: Sequence[str] = BUN
     `concise` and `warm` are labelled in the file. Every other objective of REWARDS is labelled here, where the rewards of the two
     responses differ by CLEAR; a pair without any label is left out. Raises InvalidRequest for an objective that has no function.
     """
+    return _examples("train.jsonl", split, objectives)
+
+
+def bundled_on_policy_examples(split: Split | None = None, objectives: Sequence[str] = BUNDLED_OBJECTIVES) -> list[Example]:
+    """Pairs of answers that the fine-tuned model sampled, up to three of a prompt, labelled and split as those of bundled_examples.
+
+    Raises as bundled_examples does.
+    """
+    return _examples("on_policy.jsonl", split, objectives)
+
+
+def _examples(file: str, split: Split | None, objectives: Sequence[str]) -> list[Example]:
     if unknown := [name for name in objectives if name not in REWARDS]:
         raise InvalidRequest(
             f"the bundled data has no objective {unknown[0]!r}: there are {', '.join(REWARDS)}", param="objectives"
         )
-    rows = [row for row in _rows("train.jsonl") if split in (None, row["split"])]
+    rows = [row for row in _rows(file) if split in (None, row["split"])]
     labelled = [(row, _labels(row, objectives)) for row in rows]
     return [Example.model_validate(row | {"labels": labels}) for row, labels in labelled if labels]
 

@@ -2,11 +2,19 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from sipo.conversation import as_text
-from sipo.datasets import bundled_eval_prompts, bundled_examples, bundled_test_prompts, conflict_report, read
+from sipo.datasets import (
+    bundled_eval_prompts,
+    bundled_examples,
+    bundled_on_policy_examples,
+    bundled_test_prompts,
+    conflict_report,
+    read,
+)
 from sipo.datasets.bundled import BUNDLED_OBJECTIVES, CLEAR
 from sipo.errors import InvalidRequest
 from sipo.evaluation.ground_truth import REWARDS
@@ -80,6 +88,34 @@ def test_an_objective_without_a_function_is_refused() -> None:
     assert caught.value.param == "objectives"
 
 
+def test_on_policy_pairs_are_of_known_prompts_differ_clearly_and_share_no_answer() -> None:
+    """The figures of sipo/data/bundled/README.md."""
+    pairs = bundled_on_policy_examples()
+    report = conflict_report(pairs)
+    assert (report.rows, report.conflicting, len({example.prompt for example in pairs})) == (3781, 1973, 1399)
+    answers = [(example.prompt, text) for example in pairs for text in (example.response_0, example.response_1)]
+    assert len(set(answers)) == len(answers)
+    for example in pairs:
+        prompt = as_text(example.prompt)
+        differences = {
+            name: REWARDS[name](prompt, example.response_1) - REWARDS[name](prompt, example.response_0)
+            for name in BUNDLED_OBJECTIVES
+        }
+        assert min(map(abs, differences.values())) >= CLEAR
+        assert example.labels == {name: int(difference > 0) for name, difference in differences.items()}
+
+
+@pytest.mark.parametrize(("split", "pairs", "conflicting"), [("train", 2971, 954), ("validation", 428, 130), ("test", 382, 113)])
+def test_a_prompt_is_in_the_same_split_of_both_files(
+    split: Literal["train", "validation", "test"], pairs: int, conflicting: int
+) -> None:
+    on_policy = bundled_on_policy_examples(split)
+    assert len(on_policy) == pairs
+    assert len({example.prompt for example in on_policy if example.conflicting()}) == conflicting
+    here, everywhere = ({example.prompt for example in bundled_examples(one)} for one in (split, None))
+    assert {example.prompt for example in on_policy} & everywhere <= here
+
+
 def test_the_evaluation_prompts_are_300_others() -> None:
     prompts = bundled_eval_prompts()
     assert len(prompts) == len(set(prompts)) == 300
@@ -89,7 +125,8 @@ def test_the_evaluation_prompts_are_300_others() -> None:
 def test_the_test_prompts_are_547_others() -> None:
     prompts = bundled_test_prompts()
     assert len(prompts) == len(set(prompts)) == 547
-    assert not set(prompts) & {*bundled_eval_prompts(), *(example.prompt for example in bundled_examples())}
+    trained = [*bundled_examples(), *bundled_on_policy_examples()]
+    assert not set(prompts) & {*bundled_eval_prompts(), *(example.prompt for example in trained)}
 
 
 def test_no_prompt_for_further_training_data_is_one_of_another_file() -> None:
