@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from gateway.experiments.cost import Cost
 from services.common.contract.jobs import JobSpec
-from sipo.datasets import bundled_examples, read
+from sipo.datasets import bundled_examples, bundled_on_policy_examples, read
 from sipo.errors import InvalidRequest, NotFound
 from sipo.evaluation.comparing import MOST_REPORTS
 from sipo.evaluation.plan import points_of
@@ -27,6 +27,7 @@ from sipo.validation import explain
 
 CHECKOUT = Path(__file__).parents[2]
 SHIPPED = CHECKOUT / "experiments"
+BUNDLED_DATA = {"bundled": bundled_examples, "bundled-on-policy": bundled_on_policy_examples}
 BUNDLED_PROMPTS: Mapping[str, str] = {"bundled-test": "test_prompts.jsonl", "bundled-validation": "eval_prompts.jsonl"}
 POLICY = "experiment"
 """What the policy sets of every stage are called: NAME:1 is the alignment's, and each round adds a version."""
@@ -53,7 +54,7 @@ class Stage(Record):
 
 
 class Trained(Stage):
-    """`data`: the stage whose subset is trained on; None: the experiment's data."""
+    """`data`: the stage whose subset is trained on; None: the experiment's data, of a fine-tuning its demonstrations."""
 
     USES: ClassVar[Uses] = {"data": ("subset",)}
     data: Name | None = None
@@ -65,6 +66,7 @@ class Subset(Stage):
     kind: Literal["subset"]
     conflict_ratio: float = Field(ge=0, le=1)
     size: int = Field(ge=1)
+    distinct_prompts: bool = Field(default=False, description="no two rows of one prompt: a round asks each of its rows")
 
 
 class Sft(Trained):
@@ -184,7 +186,13 @@ class Experiment(Record):
     description: str
     preset: str = Field(default="small", description="training settings where stages have none: small, beavertails, helpsteer")
     base: str = BUNDLED_MODEL
-    data: str = Field(default="bundled", description="bundled, a file, or a hub name; a relative path begins at this file")
+    data: str = Field(
+        default="bundled",
+        description="bundled, bundled-on-policy, a file, or a hub name; a relative path begins at this file",
+    )
+    demonstrations: str | None = Field(
+        default=None, description="data whose responses fine-tunings learn, named as `data` is; default: the same"
+    )
     objectives: list[ObjectiveName] = Field(min_length=2)
     judges: dict[ObjectiveName, str] = Field(description="addresses by objective, in the order of `objectives`")
     also: dict[ObjectiveName, str] = Field(default={}, description="further judges, of what is no objective")
@@ -250,10 +258,19 @@ class ExperimentFile(Record):
     experiment: Experiment
 
     def examples(self) -> list[Example]:
-        """Those with labels for the experiment's objectives, and those labels alone. Raises what reading data raises, and
-        InvalidRequest for an objective without labels."""
-        data, objectives = self.experiment.data, self.experiment.objectives
-        examples = bundled_examples("train", objectives) if data == "bundled" else read(self._located(data)).labelled()
+        """Those of the data with labels for the experiment's objectives, and those labels alone. Raises what reading data raises,
+        and InvalidRequest for an objective without labels."""
+        return self._labelled(self.experiment.data)
+
+    def demonstrations(self) -> list[Example] | None:
+        """As examples(); None if the data are the demonstrations as well."""
+        named = self.experiment.demonstrations
+        return None if named is None else self._labelled(named)
+
+    def _labelled(self, data: str) -> list[Example]:
+        objectives = self.experiment.objectives
+        bundled = BUNDLED_DATA.get(data)
+        examples = bundled("train", objectives) if bundled is not None else read(self._located(data)).labelled()
         labelled = [
             example.model_copy(update={"labels": labels})
             for example in examples

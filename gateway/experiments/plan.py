@@ -1,11 +1,12 @@
 """What an experiment comes to: each stage once for every seed, with a key of all that it is made from, and a folder of that key.
 
-    <data_dir>/experiments/NAME/data-SHA.jsonl                   the training data
-    <data_dir>/experiments/NAME/seed-1/STAGE-KEY/                a stage of one seed
-    <data_dir>/experiments/NAME/all-seeds/STAGE-KEY/             a stage that is made once for all
+    <data_dir>/experiments/data-SHA.jsonl                   training data
+    <data_dir>/experiments/seed-1/STAGE-KEY/                a stage of one seed
+    <data_dir>/experiments/all-seeds/STAGE-KEY/             a stage that is made once for all
 
-Another setting makes another key, so a folder is of one content for ever, and what there is of others stays. Code is no part of a
-key: what a change of the program spoils is for a person to remove.
+Experiments that make the same from the same find each other's stages there, if these have one name. Another setting makes another
+key, so a folder is of one content for ever, and what there is of others stays. Code is no part of a key: what a change of the
+program spoils is for a person to remove.
 """
 
 from __future__ import annotations
@@ -71,14 +72,16 @@ class Step:
 
 
 class Plan:
-    """`root`: the experiment's folder. Raises what reading data and prompts raises, and InvalidRequest for prompts that are among
-    the training data."""
+    """`root`: the folder of all experiments. Raises what reading data and prompts raises, and InvalidRequest for prompts that are
+    among the training data."""
 
     def __init__(self, file: ExperimentFile, root: Path, *, examples: Sequence[Example] | None = None) -> None:
         """`examples`: the data, where it is not to be read."""
         self.file = file
         self.root = root
         self.examples = list(file.examples() if examples is None else examples)
+        demonstrations = file.demonstrations()
+        self.demonstrations = self.examples if demonstrations is None else demonstrations
         self.steps = _Planning(self).steps_of(self.experiment.seeds)
 
     @property
@@ -99,20 +102,35 @@ class Plan:
     def prompts(self) -> list[TestPrompt]:
         prompts = self.file.test_prompts()
         check_unseen(prompts, [example.prompt for example in self.examples], self.experiment.data)
+        if self.experiment.demonstrations is not None:
+            check_unseen(prompts, [example.prompt for example in self.demonstrations], self.experiment.demonstrations)
         return prompts
 
     @cached_property
     def lines(self) -> str:
         return jsonl(self.examples)
 
+    @cached_property
+    def demonstration_lines(self) -> str:
+        return jsonl(self.demonstrations)
+
     @property
     def data_file(self) -> Path:
-        return self.root / f"data-{sha256(self.lines)[:KEY]}.jsonl"
+        return self._file(self.lines)
+
+    @property
+    def demonstrations_file(self) -> Path:
+        """The same as data_file, if the data are the demonstrations as well."""
+        return self._file(self.demonstration_lines)
+
+    def _file(self, lines: str) -> Path:
+        return self.root / f"data-{sha256(lines)[:KEY]}.jsonl"
 
     def write_data(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        if not self.data_file.exists():
-            write_atomically(self.data_file, self.lines)
+        for lines in (self.lines, self.demonstration_lines):
+            if not (file := self._file(lines)).exists():
+                write_atomically(file, lines)
 
 
 class _Planning:
@@ -145,7 +163,7 @@ class _Planning:
         used = {field: step.key for field, step in uses.items()}
         made_from = {"kind": stage.kind, "uses": used, **self.made_from(stage, FIXED_SEED if seed is None else seed)}
         if isinstance(stage, Trained | Subset) and "data" not in uses:
-            made_from["data"] = sha256(self.plan.lines)
+            made_from["data"] = sha256(self.plan.demonstration_lines if isinstance(stage, Sft) else self.plan.lines)
         key = sha256(json.dumps(made_from, sort_keys=True))
         home = "all-seeds" if seed is None else f"seed-{seed}"
         return Step(stage, seed, key, self.plan.root / home / f"{stage.name}-{key[:KEY]}", uses)
@@ -156,7 +174,7 @@ class _Planning:
         of = {"base": experiment.base, "objectives": experiment.objectives}
         match stage:
             case Subset():
-                return {"conflict_ratio": stage.conflict_ratio, "size": stage.size, "seed": seed}
+                return {**stage.model_dump(include={"conflict_ratio", "size", "distinct_prompts"}), "seed": seed}
             case Sft():
                 return {"base": experiment.base, "settings": _plain(experiment.settings(stage, seed))}
             case Aligned() | Modpo():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -56,8 +56,11 @@ def conflict_report(examples: Sequence[Example]) -> ConflictReport:
     )
 
 
-def subset(examples: Sequence[Example], conflict_ratio: float, size: int, seed: int = 0) -> list[Example]:
+def subset(
+    examples: Sequence[Example], conflict_ratio: float, size: int, seed: int = 0, *, distinct_prompts: bool = False
+) -> list[Example]:
     """`size` of the comparable examples, drawn by seed, of which the share `conflict_ratio` conflicts; in their original order.
+    `distinct_prompts`: no two of one prompt.
 
     Raises InvalidRequest if there are not enough of either kind.
     """
@@ -65,8 +68,11 @@ def subset(examples: Sequence[Example], conflict_ratio: float, size: int, seed: 
         raise InvalidRequest(f"the conflict ratio is {conflict_ratio}: it must be from 0 to 1", param="conflict_ratio")
     if size < 1:
         raise InvalidRequest(f"the size is {size}: it must be 1 or more", param="size")
+    draw = random.Random(seed)
     conflicting = [row for row, example in enumerate(examples) if example.conflicting()]
     agreeing = [row for row, example in enumerate(examples) if len(example.labels) > 1 and not example.conflicting()]
+    if distinct_prompts:
+        conflicting, agreeing = _one_of_each_prompt(examples, [conflicting, agreeing], draw)
     wanted = round(conflict_ratio * size)
     if wanted > len(conflicting) or size - wanted > len(agreeing):
         raise InvalidRequest(
@@ -74,9 +80,16 @@ def subset(examples: Sequence[Example], conflict_ratio: float, size: int, seed: 
             f"there are {len(conflicting)} and {len(agreeing)}",
             param="size",
         )
-    draw = random.Random(seed)
     rows = draw.sample(conflicting, wanted) + draw.sample(agreeing, size - wanted)
     return [examples[row] for row in sorted(rows)]
+
+
+def _one_of_each_prompt(examples: Sequence[Example], kinds: Iterable[Sequence[int]], draw: random.Random) -> list[list[int]]:
+    """Of the rows of each kind those that are left if every prompt, of whichever kind, keeps one row."""
+    rows = [(row, kind) for kind, of_kind in enumerate(kinds) for row in of_kind]
+    draw.shuffle(rows)
+    kept = {examples[row].prompt: (row, kind) for row, kind in rows}
+    return [[row for row, of in kept.values() if of == kind] for kind, _ in enumerate(kinds)]
 
 
 def _pair_conflict(examples: Sequence[Example], first: str, second: str) -> PairConflict:

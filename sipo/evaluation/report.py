@@ -42,6 +42,10 @@ class Interval(Record):
     low: float
     high: float
 
+    def text(self, sign: str = "") -> str:
+        """For people. `sign`: as in a format, "+" for differences."""
+        return f"{self.value:{sign}.3f} ({self.low:{sign}.3f} to {self.high:{sign}.3f})"
+
 
 class AtWeight(Record):
     """A method's answers at one weight, one to each prompt."""

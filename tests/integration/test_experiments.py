@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 from gateway.cli import app
 from gateway.cli.client import Gateway
 from gateway.cli.experiment.rounds import see_through
+from gateway.cli.experiment.run import LOCK
 from gateway.experiments.published import SeedResults
 from gateway.experiments.summary import Summary
 from services.common.contract.job_files import JobFiles
@@ -253,7 +254,7 @@ def run(tiny_base: Path, data_dir: Path, tmp_path: Path, system: FakeSystem) -> 
 
 
 def folder_of(data_dir: Path, name: str, seed: int) -> Path:
-    [folder] = (data_dir / "experiments" / "tiny" / f"seed-{seed}").glob(f"{name}-*")
+    [folder] = (data_dir / "experiments" / f"seed-{seed}").glob(f"{name}-*")
     return folder
 
 
@@ -270,7 +271,7 @@ def test_an_experiment_runs_from_the_fine_tuning_to_the_verdict(
     assert "sipo against mod (seeds 0, 1): wins\n" in rest.output
     assert len(made) == 1 + 2 * (2 + 3 + 3 + 2), "a fine-tuning; policies, LW and MODPO at three weights, and more training, twice"
 
-    tuned = next((data_dir / "experiments" / "tiny" / "all-seeds").glob("sft-*")) / "adapter"
+    tuned = next((data_dir / "experiments" / "all-seeds").glob("sft-*")) / "adapter"
     align, lw, more = (folder_of(data_dir, name, 1) for name in ("align", "lw", "more"))
     aligned = read_run(align / "runs" / "warm" / "run.yaml")
     assert (aligned.method, aligned.reference, aligned.settings.seed) == ("dpo", tuned, 1)
@@ -342,18 +343,17 @@ def test_another_setting_keeps_what_does_not_build_on_it(run: Run, made: list[st
     stages[3]["settings"] = SETTINGS | {"epochs": 2}
     assert run(seeds=[0], stages=stages).exit_code == 0
     assert made[len(before) :] == ["0/lw", "1/lw", "2/lw"]
-    assert len(list((data_dir / "experiments" / "tiny" / "seed-0").glob("lw-*"))) == 2
+    assert len(list((data_dir / "experiments" / "seed-0").glob("lw-*"))) == 2
 
 
 def test_one_process_runs_an_experiment_at_a_time(run: Run, data_dir: Path) -> None:
     stages = EXPERIMENT["stages"][:1]  # type: ignore[index]
     assert run(stages=stages).exit_code == 0
-    [data] = (data_dir / "experiments" / "tiny").glob("data-*.jsonl")
-    with data.open() as file:
+    with (data_dir / "experiments" / LOCK).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         second = run(stages=stages)
     assert second.exit_code == 1
-    assert "another process runs tiny" in second.output
+    assert "another process runs an experiment in" in second.output
 
 
 def test_a_job_that_was_posted_before_is_found_and_its_states_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -53,6 +53,17 @@ def test_a_subset_has_the_ratio_and_size_asked_for(ratio: float, conflicting: in
     assert chosen == sorted(chosen, key=many.index)
 
 
+def test_a_subset_of_distinct_prompts_has_none_twice() -> None:
+    """20 prompts have two conflicting rows each and an agreeing one."""
+    many = [example(f"{i // 3}", helpful=1, harmless=int(i % 3 == 0)) for i in range(60)]  # type: ignore[arg-type]
+    chosen = subset(many, 0.5, 8, seed=1, distinct_prompts=True)
+    assert len({row.prompt for row in chosen}) == 8
+    assert sum(row.conflicting() for row in chosen) == 4
+    assert chosen == subset(many, 0.5, 8, seed=1, distinct_prompts=True) == sorted(chosen, key=many.index)
+    with pytest.raises(InvalidRequest, match="22 conflicting and 0 other rows: there are"):
+        subset(many, 1, 22, seed=1, distinct_prompts=True)
+
+
 @pytest.mark.parametrize(
     ("ratio", "size", "message"),
     [(1.0, 3, "3 conflicting and 0 other rows: there are 2 and 2"), (1.5, 2, "from 0 to 1"), (0.5, 0, "1 or more")],

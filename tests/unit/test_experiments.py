@@ -18,7 +18,7 @@ from gateway.cli.experiment.show import time_left
 from gateway.cli.experiment.summary import show_summary
 from gateway.cli.experiment.training import epochs_of
 from gateway.experiments.cost import Rates, Sizes, hours, methods_tokens
-from gateway.experiments.definition import POLICY, SHIPPED, Evaluate, ExperimentFile, find_experiment, read_experiment
+from gateway.experiments.definition import BUNDLED_DATA, POLICY, SHIPPED, Evaluate, ExperimentFile, find_experiment, read_experiment
 from gateway.experiments.plan import Plan, Step
 from gateway.experiments.published import publish_seed, read_seeds, results_folder
 from gateway.experiments.result import Result, Tokens, write_result
@@ -73,7 +73,7 @@ def small(index: int | None = None, more: dict[str, Any] | None = None, **fields
 
 
 def planned(tmp_path: Path, content: Any = SMALL) -> Plan:
-    return Plan(read_experiment(write(tmp_path, content)), tmp_path / "experiments" / "tiny")
+    return Plan(read_experiment(write(tmp_path, content)), tmp_path / "experiments")
 
 
 def keys(plan: Plan) -> dict[tuple[str, int | None], str]:
@@ -257,6 +257,34 @@ def test_prompts_that_were_trained_on_are_refused(tmp_path: Path) -> None:
         planned(tmp_path, small(data="data.jsonl", prompts="data.jsonl"))
 
 
+def test_fine_tunings_learn_the_demonstrations_and_all_else_the_data(tmp_path: Path) -> None:
+    """What is made from which shows in the keys."""
+
+    def row(prompt: str) -> str:
+        labels = {"concise": 0, "warm": 1}
+        return Example(prompt=prompt, response_0="a", response_1="b", labels=labels).model_dump_json() + "\n"  # type: ignore[arg-type]
+
+    home = write(tmp_path, {}).parent
+    for name in ("pairs", "demonstrations", "prompts"):
+        (home / f"{name}.jsonl").write_text(row(name))
+    sources = {"data": "pairs.jsonl", "prompts": "prompts.jsonl"}
+    alone, plan = planned(tmp_path, small(**sources)), planned(tmp_path, small(**sources, demonstrations="demonstrations.jsonl"))
+    assert alone.demonstrations == alone.examples
+    assert alone.demonstrations_file == alone.data_file
+    assert [example.prompt for example in plan.demonstrations] == ["demonstrations"]
+    assert [example.prompt for example in plan.examples] == ["pairs"]
+    changed = {name for name, key in keys(plan).items() if key != keys(alone)[name]}
+    assert changed == set(keys(plan)), "all builds on the fine-tuning"
+    unfounded = small(1, {"reference": None}, **sources)
+    before, after = (keys(planned(tmp_path, one)) for one in (unfounded, unfounded | {"demonstrations": "demonstrations.jsonl"}))
+    assert {name for name, key in before.items() if after[name] != key} == {("sft", None)}
+    plan.write_data()
+    assert plan.demonstrations_file.read_text() == row("demonstrations")
+    assert plan.data_file.read_text() == row("pairs")
+    with pytest.raises(InvalidRequest, match=r"1 of 1 test prompt is in the training data demonstrations\.jsonl"):
+        planned(tmp_path, small(data="pairs.jsonl", prompts="demonstrations.jsonl", demonstrations="demonstrations.jsonl"))
+
+
 def test_the_time_left_is_that_of_the_same_stage_in_other_seeds(tmp_path: Path) -> None:
     plan = planned(tmp_path)
     assert time_left(plan, plan.steps).startswith("9 steps left; how long they take")
@@ -347,7 +375,7 @@ def test_a_shipped_experiment_is_planned_and_its_evaluations_are_commands(
 ) -> None:
     file = find_experiment(path.stem)
     assert file.experiment.name == path.stem
-    bundled = file.experiment.data == "bundled"
+    bundled = file.experiment.data in BUNDLED_DATA
     if not bundled:  # its data are at the hub
         monkeypatch.setattr(ExperimentFile, "test_prompts", lambda _: [TestPrompt(prompt="q")])
     labels = {name: index % 2 for index, name in enumerate(file.experiment.objectives)}
@@ -361,7 +389,7 @@ def test_a_shipped_experiment_is_planned_and_its_evaluations_are_commands(
             parsed = command.make_context("evaluate", arguments(plan, step, step.stage)).params
             base = ["base"] if any(method == "base" for method in step.stage.methods) else []
             assert [text.partition("=")[0] for text in parsed["method"]] == [*base, *step.uses]
-            assert parsed["not_in"] == [str(plan.data_file)]
+            assert parsed["not_in"] == list(dict.fromkeys(map(str, (plan.data_file, plan.demonstrations_file))))
     assert len(plan.steps) > len(file.experiment.seeds)
 
 

@@ -17,11 +17,11 @@ def show_report(report: EvaluationReport) -> None:
     for method in report.methods:
         table.add_row(
             method.name,
-            _interval(method.hypervolume),
-            _interval(method.igd_plus),
-            "" if method.inner_product is None else _interval(method.inner_product),
+            method.hypervolume.text(),
+            method.igd_plus.text(),
+            "" if method.inner_product is None else method.inner_product.text(),
             f"{len(method.front)} of {len(method.points)}",
-            "" if method.calibration is None else _interval(method.calibration.difference),
+            "" if method.calibration is None else method.calibration.difference.text(),
             str(report.tokens[method.name]),
         )
     console.print(table)
@@ -51,7 +51,7 @@ def _show_points(report: EvaluationReport, method: MethodResult) -> None:
         beaten = [f"{point.dominating.value:.1%}"] if point.dominating else []
         table.add_row(
             _place(point),
-            *(_interval(point.rewards[name]) for name in report.objectives),
+            *(point.rewards[name].text() for name in report.objectives),
             f"{point.tokens.value:.1f}",
             *(f"{part:.1%}" for part in (point.truncated, point.empty, point.distinct)),
             *beaten,
@@ -68,7 +68,7 @@ def _show_comparisons(report: EvaluationReport) -> None:
     table = Table(*columns, box=None, header_style="bold")
     for one in report.comparisons:
         averages = " ".join(f"{improved.average.value:+.3f}" for improved in one.improvements)
-        table.add_row(one.method, one.against, _interval(one.difference, sign="+"), f"{one.p_value:.3f}", averages)
+        table.add_row(one.method, one.against, one.difference.text("+"), f"{one.p_value:.3f}", averages)
     console.print()
     console.print(table)
     for verdict in report.verdicts:
@@ -80,8 +80,8 @@ def _show_unseen(report: EvaluationReport, method: MethodResult) -> None:
     table = Table(f"{method.name} at unseen", *report.objectives, "inner product", "gap", box=None, header_style="bold")
     for one in method.unseen:
         figures = (*(one.rewards[name] for name in report.objectives), one.inner_product)
-        gap = "" if one.gap is None else _interval(one.gap, sign="+")
-        table.add_row(format_weights(one.weights), *map(_interval, figures), gap)
+        gap = "" if one.gap is None else one.gap.text("+")
+        table.add_row(format_weights(one.weights), *map(Interval.text, figures), gap)
     console.print(table)
 
 
@@ -92,15 +92,11 @@ def _show_also(report: EvaluationReport) -> None:
     )
     for method in report.methods:
         for point in method.points:
-            differences = (_interval(one, sign="+") for one in point.also_difference.values())
-            table.add_row(method.name, _place(point), *map(_interval, point.also.values()), *differences)
+            differences = (one.text("+") for one in point.also_difference.values())
+            table.add_row(method.name, _place(point), *map(Interval.text, point.also.values()), *differences)
     console.print()
     console.print(table)
 
 
 def _place(point: AtWeight) -> str:
     return "no weights" if point.weights is None else format_weights(point.weights)
-
-
-def _interval(interval: Interval, sign: str = "") -> str:
-    return f"{interval.value:{sign}.3f} ({interval.low:{sign}.3f} to {interval.high:{sign}.3f})"

@@ -32,7 +32,7 @@ def run(
     """Run what is not finished of an experiment. The same command again goes on where it was stopped.
 
     Small results are left beside the file, in results/NAME, a folder for each seed and a summary of those that there are, wherever
-    they ran. What is large stays in SIPO_DATA_DIR/experiments/NAME.
+    they ran. What is large stays in SIPO_DATA_DIR/experiments.
 
     Examples:
 
@@ -88,4 +88,4 @@ def _print_summary(plan: Plan, summary: Summary) -> None:
 
 
 def _plan(file: ExperimentFile, settings: CommonSettings) -> Plan:
-    return Plan(file, settings.data_dir / "experiments" / file.experiment.name)
+    return Plan(file, settings.data_dir / "experiments")

@@ -53,7 +53,8 @@ def arguments(plan: Plan, step: Step, stage: Evaluate) -> list[str]:
         *(["--standardise-on", file.prompts_source(standard)] if standard else []),
         *(["--max-prompts", str(most)] if most else []),
         *(["--kl"] if stage.kl else []),
-        *("--max-tokens", str(experiment.max_tokens), "--data", str(plan.data_file), "--not-in", str(plan.data_file)),
+        *("--max-tokens", str(experiment.max_tokens), "--data", str(plan.data_file)),
+        *_each("--not-in", dict.fromkeys(map(str, (plan.data_file, plan.demonstrations_file)))),
         *("--out", str(step.folder / FRONT)),
     ]
 

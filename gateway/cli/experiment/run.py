@@ -30,6 +30,7 @@ MAKE: Mapping[str, Callable[[Workplace, Step, Any], Made]] = {
     "evaluate": run_evaluation,
 }
 """By kind: the last argument is the stage, of that kind's class."""
+LOCK = ".lock"
 
 
 def run_experiment(at: Workplace, seeds: Sequence[int]) -> Summary:
@@ -67,10 +68,10 @@ def run_experiment(at: Workplace, seeds: Sequence[int]) -> Summary:
 
 @contextmanager
 def _claimed(plan: Plan) -> Iterator[None]:
-    """Raises Conflict while another process runs this experiment."""
-    with plan.data_file.open() as file:
+    """Raises Conflict while another process runs an experiment there: both might make the same steps."""
+    with (plan.root / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Conflict(f"another process runs {plan.experiment.name} in {plan.root}: wait for it, or stop it") from error
+            raise Conflict(f"another process runs an experiment in {plan.root}: wait for it, or stop it") from error
         yield

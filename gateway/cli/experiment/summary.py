@@ -8,7 +8,7 @@ from rich.table import Table
 
 from gateway.cli.console import console
 from gateway.experiments.summary import EvaluationSummary, Summary
-from sipo.evaluation.report import Interval, Verdict
+from sipo.evaluation.report import Verdict
 
 
 def show_summary(summary: Summary) -> None:
@@ -27,7 +27,7 @@ def show_summary(summary: Summary) -> None:
 
 
 def _show_evaluation(name: str, evaluation: EvaluationSummary) -> None:
-    volumes = {(one.method, one.seed): _interval(one.hypervolume) for one in evaluation.hypervolumes}
+    volumes = {(one.method, one.seed): one.hypervolume.text() for one in evaluation.hypervolumes}
     table = Table(f"{name}, hypervolume", *(f"seed {seed}" for seed in evaluation.seeds), box=None, header_style="bold")
     for method in dict.fromkeys(one.method for one in evaluation.hypervolumes):
         table.add_row(method, *(volumes[method, seed] for seed in evaluation.seeds))
@@ -35,7 +35,7 @@ def _show_evaluation(name: str, evaluation: EvaluationSummary) -> None:
     console.print()
     table = Table("method", "against", "hypervolume, paired", "p", "p (Holm)", box=None, header_style="bold")
     for one in evaluation.comparisons:
-        table.add_row(one.method, one.against, _interval(one.difference, "+"), f"{one.uncorrected:.4f}", f"{one.p_value:.4f}")
+        table.add_row(one.method, one.against, one.difference.text("+"), f"{one.uncorrected:.4f}", f"{one.p_value:.4f}")
     console.print(table)
     console.print()
     for verdict in evaluation.verdicts:
@@ -49,7 +49,3 @@ def _in_words(verdict: Verdict, missing: Sequence[int]) -> str:
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
-
-
-def _interval(interval: Interval, sign: str = "") -> str:
-    return f"{interval.value:{sign}.3f} ({interval.low:{sign}.3f} to {interval.high:{sign}.3f})"

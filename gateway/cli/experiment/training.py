@@ -34,7 +34,7 @@ MODELS_FILE = "models.yaml"
 
 
 def cut(at: Workplace, step: Step, stage: Subset) -> Made:
-    chosen = subset(at.plan.examples, stage.conflict_ratio, stage.size, step.training_seed)
+    chosen = subset(at.plan.examples, stage.conflict_ratio, stage.size, step.training_seed, distinct_prompts=stage.distinct_prompts)
     write_atomically(subset_file(step), jsonl(chosen))
     return Made(Tokens(), {})
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from gateway.experiments.definition import POLICY
+from gateway.experiments.definition import POLICY, Sft
 from gateway.experiments.plan import Plan, Step
 from gateway.experiments.published import DATA
 from gateway.experiments.result import Tokens
@@ -48,7 +48,9 @@ class Workplace:
         return subset_file(step.uses["data"]) if "data" in step.uses else self.plan.data_file
 
     def examples(self, step: Step) -> list[Example]:
-        return read(self.data_file(step)).labelled() if "data" in step.uses else self.plan.examples
+        if "data" in step.uses:
+            return read(self.data_file(step)).labelled()
+        return self.plan.demonstrations if isinstance(step.stage, Sft) else self.plan.examples
 
 
 def subset_file(step: Step) -> Path:
