@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -167,11 +168,12 @@ def generate(
         ) as decoder:
             for method in pending:
                 stage, rows = _stage(method), folder.rows(ANSWERS, method.name, Answer)
-                answers = done[method.name]
+                answers, known = done[method.name], _of_single_policies(plan, engine, method, done)
                 for first in range(len(answers) // len(method.points), len(plan.prompts), CHUNK):
                     tell(stage, first, len(plan.prompts))
                     with folder.timed(stage):
-                        chunk = _chunk(plan, method, ids[method.name], range(len(plan.prompts))[first : first + CHUNK], decoder)
+                        prompts = range(len(plan.prompts))[first : first + CHUNK]
+                        chunk = _chunk(method, prompts, known, partial(_ask, plan, method, ids[method.name], decoder))
                     rows.add(chunk)
                     answers += chunk
                 tell(stage, len(plan.prompts), len(plan.prompts))
@@ -182,9 +184,44 @@ def _stage(method: Method) -> str:
     return f"answers of {method.name}"
 
 
-def _chunk(plan: Plan, method: Method, ids: Sequence[Sequence[int]], prompts: Iterable[int], decoder: Decoder) -> list[Answer]:
-    """To these prompts, at all weights of the method, in one batch."""
-    asked = [(index, point) for index in prompts for point in method.points]
+Known = dict[tuple[int, str], Answer]
+"""By prompt and weights."""
+
+
+def _of_single_policies(plan: Plan, engine: Engine, method: Method, done: Mapping[str, Sequence[Answer]]) -> Known:
+    """What another method of the same policies answered where one of them has all the weight: the same would come again."""
+    same = [
+        other
+        for other in engine.methods
+        if {method.kind, other.kind} == {"mod", "soup"}
+        and other.prompt_format == method.prompt_format
+        and len(done[other.name]) == len(plan.prompts) * len(other.points)
+    ]
+    return {
+        _key(answer.prompt, answer.weights): answer
+        for other in same
+        for answer in done[other.name]
+        if answer.weights is not None and max(answer.weights.values()) == 1
+    }
+
+
+Point = tuple[int, Weights | None]
+"""A prompt, and weights."""
+
+
+def _chunk(method: Method, prompts: Iterable[int], known: Known, ask: Callable[[Sequence[Point]], list[Answer]]) -> list[Answer]:
+    """To these prompts, at all weights of the method: asked in one batch, but for what is known."""
+    wanted = [(index, point) for index in prompts for point in method.points]
+    asked = [one for one in wanted if _key(*one) not in known]
+    made = known | {_key(*one): answer for one, answer in zip(asked, ask(asked) if asked else [], strict=True)}
+    return [made[_key(*one)] for one in wanted]
+
+
+def _key(prompt: int, weights: Weights | None) -> tuple[int, str]:
+    return prompt, "" if weights is None else format_weights(weights)
+
+
+def _ask(plan: Plan, method: Method, ids: Sequence[Sequence[int]], decoder: Decoder, asked: Sequence[Point]) -> list[Answer]:
     responses = decoder.generate(
         [ids[index] for index, _ in asked],
         _coefficients(method, [point for _, point in asked]),

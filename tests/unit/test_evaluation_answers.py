@@ -34,9 +34,12 @@ def test_methods_of_the_same_adapters_share_an_engine_and_the_base_joins_one(tin
         {"model": tiny_base, "policies": models, "reference": None, "slots": 1, "ranks": 9, "max_model_len": longest},
     ]
     assert [answer.text for answer in answers["base"]] == ["base  11"] * 2
-    for kind in ("mod", "soup"):
-        places = [f"concise={c},warm={w}" for c, w in ((0, 1), (0.5, 0.5), (1, 0))]
-        assert [answer.text for answer in answers[kind]] == [f"{kind} {place} 11" for place in places] * 2
+    places = [f"concise={c},warm={w}" for c, w in ((0, 1), (0.5, 0.5), (1, 0))]
+    assert [answer.text for answer in answers["mod"]] == [f"mod {place} 11" for place in places] * 2
+    # A policy that has all the weight says the same in a soup: it is not asked again.
+    kinds_asked = ("mod", "soup", "mod")
+    assert [answer.text for answer in answers["soup"]] == [f"{k} {p} 11" for k, p in zip(kinds_asked, places, strict=True)] * 2
+    assert engine.batches == [3 * 2, 1 * 2, 2, 3 * 2]
     one_hot = [",".join(f"{key}={int(key == own)}" for key in models) for own in models]
     assert [answer.text for answer in answers["models"]] == [f"soup {place} 11" for place in one_hot] * 2
     assert answers["mod"][4] == Answer(
@@ -86,7 +89,7 @@ def test_a_killed_run_loses_a_chunk_at_most_and_ends_with_the_same_answers(tiny_
 
     engine = FakeEngine()
     assert generated(plan, tmp_path / "out", engine) == whole
-    assert engine.batches == [3 * CHUNK, 3 * 3, 3 * CHUNK, 3 * CHUNK, 3 * 3]
+    assert engine.batches == [3 * CHUNK, 3 * 3, CHUNK, CHUNK, 3]
     for name in ("mod", "soup"):
         assert (tmp_path / "out" / "answers" / f"{name}.jsonl").read_bytes() == (
             tmp_path / "whole" / "answers" / f"{name}.jsonl"
