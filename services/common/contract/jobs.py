@@ -83,7 +83,7 @@ class JobSpec(Record):
         description="of a supervised fine-tuning on all responses of the input, before a first alignment: the policies of all "
         "rounds lie on top of it; null: on the base",
     )
-    alignment: TrainSettings = Field(default=TrainSettings(epochs=2, learning_rate=5e-4, alpha=0))
+    alignment: TrainSettings = Field(default=TrainSettings(learning_rate=5e-4, alpha=0))
     training: TrainSettings = Field(default=TrainSettings())
     learning_rates: dict[ObjectiveName, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="of a round, for objectives that have their own"
