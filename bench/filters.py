@@ -19,12 +19,11 @@ from transformers import AutoTokenizer
 
 from bench.report import Figure, report
 from gateway.cli.demo.command import run_round
-from gateway.cli.demo.input import HELD_OUT_SPLITS, bundled_input
+from gateway.cli.demo.input import bundled_input
 from gateway.settings import GatewaySettings
 from services.common.contract.messages import PromptDecided, ScoredCandidate
 from services.trainer.decisions import DecisionLog
 from sipo.conversation import as_text
-from sipo.datasets import bundled_examples
 from sipo.datasets.bundled import BUNDLED_OBJECTIVES
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.models import BUNDLED_MODEL, resolve_model
@@ -110,19 +109,18 @@ def truly_better(example: Example, text: str, objective: str | None) -> bool:
     return all(better(name, original) for name in BUNDLED_OBJECTIVES for original in (example.response_0, example.response_1))
 
 
-def decide(examples: list[Example], by: Filter) -> list[PromptDecided]:
+def decide(by: Filter) -> list[PromptDecided]:
     """The decisions of a round of the shipped policies, in a data folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         settings = GatewaySettings(host="127.0.0.1", data_dir=Path(folder))
         source = bundled_input(settings)
-        spec = source.spec.model_copy(update={"max_prompts": None, "stop_after": "pairs", "activate": False, "filter": by})
-        job = asyncio.run(run_round(settings, replace(source, spec=spec, examples=examples)))
+        pairs_only = {"max_prompts": PROMPTS, "stop_after": "pairs", "evaluation": None, "activate": False, "filter": by}
+        job = asyncio.run(run_round(settings, replace(source, spec=source.spec.model_copy(update=pairs_only))))
         return DecisionLog(settings.data_dir / "jobs" / job.id).read(1)
 
 
 def main() -> None:
-    held_out = [one for split in HELD_OUT_SPLITS for one in bundled_examples(split) if one.conflicting()]
-    decisions = decide(held_out[:PROMPTS], Filter(keep_truncated=True))
+    decisions = decide(Filter(keep_truncated=True))
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(BUNDLED_MODEL, GatewaySettings().cache_dir))
 
     def tokens(text: str) -> int:

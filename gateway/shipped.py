@@ -8,7 +8,7 @@ from pathlib import Path
 from services.common.settings import CommonSettings
 from sipo.errors import InvalidRequest
 from sipo.models import BUNDLED_MODEL, Base
-from sipo.policies import Draft, Manifest, PolicySet
+from sipo.policies import REFERENCE, Draft, Manifest, PolicySet
 
 SHIPPED = "demo"
 FOLDER = Path(str(files("sipo"))) / "data" / "policies" / SHIPPED
@@ -25,11 +25,14 @@ def publish_shipped(settings: CommonSettings) -> PolicySet:
     store = settings.policies
     base = Base.open(settings.model, settings.cache_dir)
     for known in store.sets():
-        if known.manifest.adapters == shipped.adapters and known.manifest.base == base.ref:
+        same = known.manifest.adapters == shipped.adapters and known.manifest.reference == shipped.reference
+        if same and known.manifest.base == base.ref:
             return known
     fields = {name: getattr(shipped, name) for name in Draft.model_fields} | {"base": base.ref}
     adapters = {name: FOLDER / name for name in shipped.objectives}
-    return store.publish(Draft(**fields), adapters, base.folder, activate=store.current(shipped.name) is None)
+    reference = None if shipped.reference is None else FOLDER / REFERENCE
+    current = store.current(shipped.name)
+    return store.publish(Draft(**fields), adapters, base.folder, reference=reference, activate=current is None)
 
 
 def get_set(settings: CommonSettings, reference: str) -> PolicySet:

@@ -1,71 +1,63 @@
-"""Trains the shipped demo policies again: sipo/data/policies/demo, one adapter per objective of the bundled data.
+"""Makes the shipped demo policies again, sipo/data/policies/demo: those that seed 0 of the experiment small-main aligned.
 
-    python scripts/make_demo_policies.py [FOLDER]
+    sipo experiment run small-main --seed 0
+    python scripts/make_demo_policies.py
 
-A first alignment (Eq. 2) of the bundled model on the bundled training split, by the project's own trainer, objectives side by side.
-FOLDER keeps the runs (settings, pairs, progress, metrics); a run that is finished there is not trained again.
+The first command may be stopped after the stage align. The set has its reference, the adapter of the stage sft, beneath it. All
+adapters are written in bfloat16, as the base is.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from sipo.datasets import bundled_examples
-from sipo.models import BUNDLED_MODEL, Base
-from sipo.policies import AdapterRef, Manifest, adapter_sha256
-from sipo.training.planning import Planner
-from sipo.training.run_folder import RunFolder
-from sipo.training.run_set import draft_of
-from sipo.training.settings import TrainSettings
+from gateway.cli.experiment.workplace import policy_set
+from gateway.experiments.definition import find_experiment
+from gateway.experiments.plan import Plan
+from services.common.settings import CommonSettings
+from sipo.policies import REFERENCE, AdapterRef, PolicySet, adapter_sha256
 
-OBJECTIVES = ["concise", "warm"]
+EXPERIMENT, STAGE, SEED = "small-main", "align", 0
 TARGET = Path(__file__).parents[1] / "sipo" / "data" / "policies" / "demo"
-SETTINGS = TrainSettings(learning_rate=5e-4, batch_size=4, alpha=0, lora_rank=8, lora_alpha=16, max_pairs=144)
 
 
-def main(folder: Path) -> None:
-    base = Base.open(BUNDLED_MODEL, Path("~/.cache/sipo").expanduser())
-    examples = bundled_examples("train")
+def aligned() -> PolicySet:
+    plan = Plan(find_experiment(EXPERIMENT), CommonSettings().data_dir / "experiments")
+    [step] = [step for step in plan.steps_of([SEED]) if (step.stage.name, step.seed) == (STAGE, SEED)]
+    if step.result() is None:
+        raise SystemExit(f"there are no policies in {step.folder}: sipo experiment run {EXPERIMENT} --seed {SEED}")
+    return policy_set(step)
 
-    runs, running = {objective: RunFolder(folder / objective) for objective in OBJECTIVES}, {}
-    for objective, run_folder in runs.items():
-        planned = Planner(base).dpo(objective, examples, SETTINGS)
-        run_folder.prepare(planned.run, planned.pairs)
-        if run_folder.finished() is None:
-            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(OBJECTIVES)))}
-            running[objective] = subprocess.Popen(
-                [sys.executable, "-m", "sipo.training", str(run_folder.run_file)], env=environment
-            )
-    if failed := [objective for objective, process in running.items() if process.wait() != 0]:
-        sys.exit(f"training failed for {', '.join(failed)}")
 
+def main() -> None:
+    source = aligned()
     shutil.rmtree(TARGET, ignore_errors=True)
-    for objective, run_folder in runs.items():
-        shutil.copytree(run_folder.adapter, TARGET / objective)
-        _halve(TARGET / objective / "adapter_model.safetensors")
-    manifest = Manifest(
-        **draft_of("demo", runs, base=base.ref).model_dump(),
-        version=1,
-        created=datetime.now(UTC),
-        adapters={
-            objective: AdapterRef(sha256=adapter_sha256(TARGET / objective), rank=SETTINGS.lora_rank) for objective in OBJECTIVES
-        },
+    for name, folder in source.folders.items():
+        (TARGET / name).mkdir(parents=True)
+        shutil.copy(folder / "adapter_config.json", TARGET / name)
+        weights = load_file(folder / "adapter_model.safetensors")
+        halved = {key: tensor.to(torch.bfloat16) for key, tensor in weights.items()}
+        save_file(halved, TARGET / name / "adapter_model.safetensors", metadata={"format": "pt"})
+    known = source.manifest
+
+    def published(name: str, adapter: AdapterRef) -> AdapterRef:
+        return AdapterRef(sha256=adapter_sha256(TARGET / name), rank=adapter.rank)
+
+    manifest = known.model_copy(
+        update={
+            "name": "demo",
+            "version": 1,
+            "made_by": None,
+            "adapters": {name: published(name, adapter) for name, adapter in known.adapters.items()},
+            "reference": None if known.reference is None else published(REFERENCE, known.reference),
+        }
     )
     (TARGET / "manifest.json").write_text(manifest.model_dump_json(indent=1) + "\n")
 
 
-def _halve(path: Path) -> None:
-    """In bfloat16, as the base is: a few megabytes less in the repository."""
-    save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("build/demo-policies"))
+    main()

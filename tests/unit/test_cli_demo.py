@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from gateway.cli.demo.input import MAX_PROMPT_TOKENS, own_input
-from gateway.cli.demo.results import show_report
+from gateway.cli.demo import input as demo_input
+from gateway.cli.demo.input import MAX_PROMPT_TOKENS, bundled_input, own_input
+from gateway.cli.demo.results import show_fronts, show_report
+from services.common.contract.job_files import JobFiles
 from services.common.contract.reports import (
     AcceptedAccount,
     BestAvailable,
@@ -19,11 +21,14 @@ from services.common.contract.reports import (
     GroundTruth,
     ImplicitOrder,
     Report,
+    RoundEvaluation,
     RoundReport,
     StageAccount,
 )
 from services.common.settings import CommonSettings
+from sipo.datasets import bundled_examples, bundled_on_policy_examples
 from sipo.errors import InvalidData, InvalidRequest
+from sipo.evaluation.report import Interval
 from sipo.policies import PolicyStore
 from sipo.prompts import PromptFormat
 from sipo.training.settings import Measure, TrainMetrics
@@ -109,6 +114,23 @@ def test_held_out_rows_are_left_out_and_long_prompts_cut_and_both_are_counted(
     assert "cut in the middle: 1 prompt of more than 256 tokens" in printed.out
 
 
+def test_the_bundled_round_trains_and_evaluates_on_prompts_that_the_shipped_policies_have_not_seen(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_policy_set(data_dir / "policies", "demo:1", ["concise", "warm"])
+    shipped = PolicyStore(data_dir / "policies").get("demo:1")
+    monkeypatch.setattr(demo_input, "publish_shipped", lambda _: shipped)
+    source = bundled_input(CommonSettings(data_dir=data_dir))
+    trained = {example.prompt for example in [*bundled_examples("train"), *bundled_on_policy_examples("train")]}
+    prompts = [example.prompt for example in [*source.examples, *source.held_out]]
+    assert len(set(prompts)) == len(prompts) == 48 + 48
+    assert not trained.intersection(prompts)
+    assert all(example.conflicting(source.objectives) for example in source.examples)
+    assert (source.round_prompts, source.spec.max_prompts) == (48, 48)
+    assert source.spec.evaluation is not None
+    assert source.spec.evaluation.judges == {"concise": "python:concise", "warm": "python:warm"}
+
+
 def test_a_second_run_starts_from_the_policies_that_the_first_one_aligned(settings: CommonSettings, tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", {}, {})
     name = own_input(settings, path, None, max_pairs=7).spec.policy
@@ -157,6 +179,32 @@ def test_the_report_is_printed_with_every_figure(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "round 1: candidates made: 120 for 16" in printed and "round 2: candidates made: 80 for 11" in printed
     assert "round 2 gave nothing" in printed
+
+
+def test_the_fronts_before_and_after_are_printed_with_where_their_picture_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluated(evaluation: RoundEvaluation | None) -> str:
+        show_fronts(REPORT.model_copy(update={"rounds": [ROUND.model_copy(update={"evaluation": evaluation})]}), JobFiles(tmp_path))
+        return capsys.readouterr().out
+
+    assert evaluated(None) == ""
+    failed = RoundEvaluation(prompts=48, error="it ran out of memory")
+    assert "the fronts were not measured: it ran out of memory" in evaluated(failed)
+    found = RoundEvaluation(
+        prompts=48,
+        hypervolume={"before": Interval(value=0.25, low=0.2, high=0.3), "after": Interval(value=0.5, low=0.4, high=0.6)},
+        difference=Interval(value=0.25, low=0.125, high=0.375),
+        p_value=0.002,
+    )
+    lines = evaluated(found).splitlines()
+    assert lines[1:5] == [
+        "fronts: demo:1 and demo:2 on 48 prompts that nothing was trained on:",
+        "  hypervolume before: 0.250 (0.200 to 0.300)",
+        "  hypervolume after: 0.500 (0.400 to 0.600)",
+        "  difference: +0.250 (+0.125 to +0.375), p 0.0020",
+    ]
+    assert lines[5:] == [f"  picture: {tmp_path}/evaluation-1/front/front.png", f"  page:    {tmp_path}/report.html"]
 
 
 def test_where_nothing_was_held_out_or_has_a_ground_truth_the_report_says_no_more_than_is_known(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -13,12 +14,13 @@ import typer
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
 from gateway.cli.data import tell
-from gateway.cli.demo.input import ROUND_PROMPTS, DemoInput, bundled_input, own_input
-from gateway.cli.demo.results import show_answers, show_report
+from gateway.cli.demo.input import DemoInput, bundled_input, own_input
+from gateway.cli.demo.results import show_answers, show_fronts, show_report
 from gateway.cli.jobs import submit_files, tell_current
 from gateway.cli.progress import watch_job
 from gateway.cli.up import announce
 from gateway.settings import GatewaySettings
+from services.common.contract.job_files import JobFiles
 from services.common.contract.job_store import Job
 from services.common.contract.jobs import JobState
 from services.common.contract.reports import Report
@@ -34,10 +36,11 @@ def demo(
     objectives: Annotated[str | None, typer.Option(help="With --data: a,b. Default: all labels of the file.")] = None,
     max_pairs: Annotated[int, typer.Option(min=1, help="With --data: training pairs per objective for the first policies.")] = 160,
 ) -> None:
-    """Run one SIPO round on 16 conflicting prompts with the whole system, and print what came of it.
+    """Run one SIPO round on conflicting prompts with the whole system, and print what came of it.
 
-    Starts everything on free ports, posts a job to the gateway, and stops everything at the end. With --data one policy per
-    objective is aligned first. Exits 1 if no prompt gave a pair.
+    Starts everything on free ports, posts a job to the gateway, and stops everything at the end. On the bundled data the fronts of
+    the policies before and after are measured, on prompts that nothing was trained on. With --data one policy per objective is
+    aligned first. Exits 1 if no prompt gave a pair.
 
     Examples:
 
@@ -53,7 +56,7 @@ def demo(
     source = own_input(settings, data, names or None, max_pairs) if data else bundled_input(settings)
     console.print(
         f"conflicts found: {source.conflicting} of {source.offered} examples conflict on {', '.join(source.objectives)}; "
-        f"the round runs on {min(source.conflicting, ROUND_PROMPTS)} of them"
+        f"the round runs on {source.round_prompts} of them"
     )
     job = asyncio.run(run_round(settings, source))
     console.print(f"wall time: {time.monotonic() - began:.0f} s")
@@ -82,13 +85,17 @@ async def run_round(settings: GatewaySettings, source: DemoInput) -> Job:
 def _round(gateway: Gateway, settings: GatewaySettings, source: DemoInput) -> Job:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "examples.jsonl"
-        file.write_text("".join(f"{example.model_dump_json()}\n" for example in source.examples), encoding="utf-8")
+        rows = [example.model_dump(mode="json") for example in source.examples]
+        rows += [example.model_dump(mode="json") | {"split": "test"} for example in source.held_out]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         job = submit_files(gateway, source.spec, [str(file)])
     console.print(f"posted as {job.id}")
     tell(job.notes)
     job = watch_job(lambda: gateway.job(job.id))
+    report = None
     try:
-        show_report(Report.model_validate(gateway.get(f"/v1/jobs/{job.id}/report")))
+        report = Report.model_validate(gateway.get(f"/v1/jobs/{job.id}/report"))
+        show_report(report)
     except NotFound:  # it failed before there was anything to report
         console.print(f"logs: {settings.data_dir / 'logs'}")
     if job.error:
@@ -97,6 +104,9 @@ def _round(gateway: Gateway, settings: GatewaySettings, source: DemoInput) -> Jo
         prompt = next(example.prompt for example in source.examples if example.conflicting(source.objectives))
         show_answers(gateway, job.policy_set, source.objectives, prompt)
         tell_current(gateway, job.policy_set)
-    console.print(f"\nartifacts: {settings.data_dir / 'jobs' / job.id} (decisions, report, training runs)")
-    console.print(f"policies:  {settings.data_dir / 'policies' / job.spec.policy}")
+    files = JobFiles(settings.data_dir / "jobs" / job.id)
+    console.print(f"\nartifacts: {files.folder} (decisions, report, training runs)", markup=False)
+    console.print(f"policies:  {settings.data_dir / 'policies' / job.spec.policy}", markup=False)
+    if report is not None:
+        show_fronts(report, files)
     return job

@@ -5,58 +5,101 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from gateway.cli.console import console
 from gateway.cli.data import read_sources
 from gateway.jobs.limits import check_limits
 from gateway.shipped import publish_shipped
+from services.common.contract.evaluations import RoundEvaluationSpec
 from services.common.contract.jobs import JobSpec
 from services.common.limits import Limits, MixingSettings
 from services.common.settings import CommonSettings, load
-from sipo.datasets import bundled_examples
+from sipo.conversation import Prompt
+from sipo.datasets import bundled_on_policy_examples
 from sipo.errors import InvalidRequest
 from sipo.models import resolve_model
 from sipo.preferences import Example
 from sipo.prompts import PromptFormat
+from sipo.training.settings import TrainSettings
 from sipo.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROUND_PROMPTS = 16
+"""Of a round on a caller's own data."""
+BUNDLED_ROUND_PROMPTS = 48
+"""Of a round on the bundled data, whose policies are there already."""
+EVALUATED_PROMPTS = 48
+BUNDLED_TRAINING = {"learning_rate": 4e-4}
+"""The round is short: so few steps have to be larger ones than those of a round of hundreds of prompts."""
 MAX_PROMPT_TOKENS = 256
-HELD_OUT_SPLITS: tuple[Literal["test"], Literal["validation"]] = ("test", "validation")
 
 
 @dataclass(frozen=True)
 class DemoInput:
-    """What is posted to the gateway; `conflicting` of the examples offered conflict."""
+    """What is posted to the gateway; `conflicting` of the `offered` examples conflict. `held_out` are not trained on: the policies
+    are evaluated on their prompts, if the specification asks for it."""
 
     examples: list[Example]
     objectives: list[str]
     spec: JobSpec
     offered: int
     conflicting: int
+    held_out: list[Example] = field(default_factory=list)
+
+    @property
+    def round_prompts(self) -> int:
+        """How many prompts the round runs on."""
+        return min(self.conflicting, self.spec.max_prompts or self.conflicting)
 
 
 def bundled_input(settings: CommonSettings) -> DemoInput:
-    """Conflicting prompts that the shipped policies were not trained on. Those policies are current afterwards."""
+    """Conflicting prompts that the shipped policies were not trained on, and others to evaluate on. Those policies are current
+    afterwards."""
     shipped = publish_shipped(settings)
     settings.policies.activate(shipped.id)
-    held_out = [example for split in HELD_OUT_SPLITS for example in bundled_examples(split)]
-    conflicting = [example for example in held_out if example.conflicting(shipped.objectives)]
-    spec = _spec(shipped.manifest.name, shipped.objectives)
-    return DemoInput(conflicting[:ROUND_PROMPTS], shipped.objectives, spec, len(held_out), len(conflicting))
+    offered = bundled_on_policy_examples("validation")
+    conflicting = _one_of_each_prompt(example for example in offered if example.conflicting(shipped.objectives))
+    evaluation = RoundEvaluationSpec(
+        judges={objective: f"python:{objective}" for objective in shipped.objectives},
+        weights=5,
+        max_tokens=80,
+        max_prompts=EVALUATED_PROMPTS,
+    )
+    spec = _spec(shipped.manifest.name, shipped.objectives).model_copy(
+        update={
+            "max_prompts": BUNDLED_ROUND_PROMPTS,
+            "evaluation": evaluation,
+            "training": TrainSettings(**BUNDLED_TRAINING),
+        }
+    )
+    return DemoInput(
+        conflicting[:BUNDLED_ROUND_PROMPTS],
+        shipped.objectives,
+        spec,
+        len({str(example.prompt) for example in offered}),
+        len(conflicting),
+        _one_of_each_prompt(bundled_on_policy_examples("test"))[:EVALUATED_PROMPTS],
+    )
+
+
+def _one_of_each_prompt(examples: Iterable[Example]) -> list[Example]:
+    """The first."""
+    by_prompt: dict[Prompt, Example] = {}
+    for example in examples:
+        by_prompt.setdefault(example.prompt, example)
+    return list(by_prompt.values())
 
 
 def _spec(policy: str, objectives: list[str]) -> JobSpec:
     """Short answers and reviews, so that a round takes minutes on two cores."""
     return JobSpec(
-        policy=policy, objectives=objectives, max_prompts=ROUND_PROMPTS, max_tokens=64, review_max_tokens=48, activate=True
+        policy=policy, objectives=objectives, max_prompts=ROUND_PROMPTS, max_tokens=80, review_max_tokens=48, activate=True
     )
 
 
@@ -79,7 +122,7 @@ def own_input(settings: CommonSettings, source: str | Path, objectives: list[str
     spec = _spec(name, objectives)
     mixing = load(MixingSettings)
     check_limits(spec, Limits(slots=mixing.decoder_slots, max_model_len=mixing.decoder_max_model_len))
-    # As the shipped policies were trained: one epoch in small steps.
+    # One epoch in small steps, as there are few pairs.
     small = {"epochs": 1, "batch_size": 4, "max_pairs": max_pairs, "max_prompt_tokens": MAX_PROMPT_TOKENS}
     alignment = spec.alignment.model_copy(update=small)
     spec = spec.model_copy(update={"alignment": alignment})

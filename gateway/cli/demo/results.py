@@ -9,8 +9,10 @@ from rich.table import Table
 
 from gateway.cli.client import Gateway
 from gateway.cli.console import console
+from services.common.contract.job_files import JobFiles
 from services.common.contract.reports import CandidatesAccount, Report, RoundReport
 from sipo.conversation import Prompt, as_messages, as_text
+from sipo.evaluation.task import TaskFolder
 from sipo.preferences import Weights, format_weights, one_hot_weights, uniform_weights
 from sipo.training.settings import TrainMetrics
 from sipo.words import counted, share
@@ -66,6 +68,24 @@ def _show_candidates(account: CandidatesAccount, prompts: int) -> None:
         if order.comparisons:
             of = share(order.right, order.comparisons, "comparison")
             console.print(f"implicit reward for {objective}: right in {of} with originals ({order.right / order.comparisons:.0%})")
+
+
+def show_fronts(report: Report, files: JobFiles) -> None:
+    """The fronts before and after each round, where the job measured them."""
+    for one in report.rounds:
+        if (found := one.evaluation) is None:
+            continue
+        if found.difference is None or found.p_value is None:
+            console.print(f"the fronts were not measured: {found.error}", markup=False)
+            continue
+        console.print(
+            f"\nfronts: {one.sampling_set} and {one.policy_set} on {counted(found.prompts, 'prompt')} that nothing was trained on:"
+        )
+        for name, hypervolume in found.hypervolume.items():
+            console.print(f"  hypervolume {name}: {hypervolume.text()}")
+        console.print(f"  difference: {found.difference.text('+')}, p {found.p_value:.4f}")
+        console.print(f"  picture: {TaskFolder(files.evaluation(one.round)).front / 'front.png'}", markup=False, soft_wrap=True)
+        console.print(f"  page:    {files.page}", markup=False, soft_wrap=True)
 
 
 def _gain(gain: Mapping[str, float]) -> str:
