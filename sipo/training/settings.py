@@ -26,7 +26,7 @@ class TrainSettings(Record):
     """One DPO run per objective. Defaults are the small preset for SmolLM2-135M on CPU; docs name the paper's values."""
 
     epochs: float = Field(default=1, gt=0)
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
     beta: float = Field(default=0.1, gt=0, description="beta of Eq. 2, 6 and 8")
     alpha: float = Field(default=0.1, ge=0, description="weight of the NLL term in Eq. 8; a first alignment (Eq. 2) has none")
     batch_size: int = Field(default=8, ge=1, description="pairs per optimizer step")

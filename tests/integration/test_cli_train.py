@@ -256,7 +256,7 @@ def test_the_same_command_does_nothing_twice_and_publishes_once(
     manifest = store.get("demo:2").manifest
     assert (manifest.round, manifest.parent, manifest.prompt_format) == (1, "demo:1", policies.manifest.prompt_format)
     assert manifest.data_sha256 is not None
-    assert (manifest.settings["method"], manifest.settings["learning_rates"]) == ("sipo", dict.fromkeys(OBJECTIVES, 1e-4))
+    assert (manifest.settings["method"], manifest.settings["learning_rates"]) == ("sipo", dict.fromkeys(OBJECTIVES, 2e-4))
     assert list(manifest.metrics) == OBJECTIVES
     assert store.get("demo").id == "demo:1", "it was not made current"
 
