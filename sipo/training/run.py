@@ -35,7 +35,7 @@ from sipo.training.memory import fitting
 from sipo.training.records import write_records
 from sipo.training.reporting import Reporter
 from sipo.training.run_folder import RunFolder, reference_of
-from sipo.training.settings import Answered, Measure, Progress, TrainMetrics, TrainRun
+from sipo.training.settings import Answered, Measure, Method, Progress, TrainMetrics, TrainRun
 from sipo.training.trainer import START, PairCollator, PairTrainer, reference_file
 from sipo.words import counted
 
@@ -89,7 +89,7 @@ def _train(
     after = _measure(trainer)
     if not math.isfinite(after.loss):
         raise TrainingFailed(f"the training of {run.objective!r} diverged in its last step: use a smaller learning_rate")
-    if (worse := _made_worse(run, before, after)) is not None:
+    if (worse := made_worse(run.method, before, after, len(data.validation))) is not None:
         kind = "validation" if data.held_out else "training"
         raise TrainingFailed(
             f"the training of {run.objective!r} made it worse: on {len(data.validation)} {kind} pairs its {worse}; look at the "
@@ -231,10 +231,12 @@ def _answered(trainer: PairTrainer, run: TrainRun, data: TokenisedPairs, tokeniz
     return answer(trainer.model, prompts, end_token=run.prompt_format.end_token_id(tokenizer))
 
 
-def _made_worse(run: TrainRun, before: Measure, after: Measure) -> str | None:
-    """What got worse, if it did. By chance half of the pairs are hits, but for DPO LW, whose pairs may be oriented either way, and
-    MODPO, whose reference prefers by the other objectives: there the loss tells."""
-    if run.method in ("lw", "modpo"):
+def made_worse(method: Method, before: Measure, after: Measure, pairs: int) -> str | None:
+    """What got worse, if it did. By chance half of the `pairs` are hits, but for DPO LW, whose pairs may be oriented either way,
+    and MODPO, whose reference prefers by the other objectives: there the loss tells."""
+    if method in ("lw", "modpo"):
         return f"loss went from {before.loss:.3f} to {after.loss:.3f}" if after.loss > before.loss else None
     # Ties alone, where nothing has moved, are no hits for TRL.
-    return f"reward accuracy is {after.accuracy:.2f}, below chance" if after.accuracy < 0.5 and after.margin < 0 else None
+    # Two standard deviations below: of few pairs, less than half are often hits though nothing is wrong.
+    below = after.accuracy < 0.5 - 1 / math.sqrt(pairs)
+    return f"reward accuracy is {after.accuracy:.2f}, below chance" if below and after.margin < 0 else None

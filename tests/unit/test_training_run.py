@@ -31,9 +31,9 @@ from sipo.training.data import TokenisedPairs, TokenPair, TrainingPair, tokenise
 from sipo.training.methods import modpo_margins
 from sipo.training.process import claim
 from sipo.training.reporting import Reporter
-from sipo.training.run import build_trainer, train
+from sipo.training.run import build_trainer, made_worse, train
 from sipo.training.run_folder import RunFolder
-from sipo.training.settings import Progress, TrainMetrics, TrainRun, TrainSettings
+from sipo.training.settings import Measure, Progress, TrainMetrics, TrainRun, TrainSettings
 from sipo.training.trainer import PairTrainer
 
 pytestmark = pytest.mark.slow
@@ -544,6 +544,24 @@ def test_a_run_that_ends_below_chance_fails_and_leaves_no_adapter(run: TrainRun,
     with pytest.raises(TrainingFailed, match=r"on 5 validation pairs its reward accuracy is 0\.00, below chance"):
         go(changed(run, batch_size=8), tmp_path, pairs)
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "margin", "pairs", "worse"),
+    [
+        (0.33, -0.04, 6, False),  # 2 of 6 by chance: one time in three
+        (0.0, -0.04, 6, True),
+        (0.38, -0.04, 16, False),
+        (0.2, -0.04, 16, True),
+        (0.43, -0.01, 300, True),
+        (0.43, 0.01, 300, False),  # few large margins are right
+        (0.0, -1.0, 3, False),  # one time in eight
+    ],
+)
+def test_few_pairs_below_one_half_are_no_failure_yet(accuracy: float, margin: float, pairs: int, worse: bool) -> None:
+    start = Measure(loss=0.693, margin=0, accuracy=0.5)
+    found = made_worse("sipo", start, Measure(loss=0.7, margin=margin, accuracy=accuracy), pairs)
+    assert (found is not None) == worse
 
 
 def held_out_pairs(run: TrainRun, pairs: list[TrainingPair]) -> list[TrainingPair]:
