@@ -75,23 +75,28 @@ class Stages:
         objectives = job.spec.objectives
         assert objectives, "the gateway settles the objectives of a job without policies"
         settings = job.spec.alignment.model_copy(update={"alpha": 0.0})
-        with self.files(job).input.open() as file:
-            examples = [Example.model_validate_json(line) for line in file]
+        examples = await asyncio.to_thread(self._examples, job)
         check(needed_by_training(self.base.folder, settings, len(objectives)), self.jobs_dir)
         reference = None if job.spec.sft is None else await self._fine_tune(job, job.spec.sft, examples, tell)
-        planner = Planner(self.base, reference=reference)
-        for objective in objectives:
-            await self._train(job, 0, planner.dpo(objective, examples, settings), tell)
-        return self._publish(job, 0, objectives, parent=None)
+
+        def plan() -> list[PlannedRun]:
+            planner = Planner(self.base, reference=reference)
+            return [planner.dpo(objective, examples, settings) for objective in objectives]
+
+        await self._train_all(job, 0, plan, tell)
+        return await asyncio.to_thread(self._publish, job, 0, objectives, parent=None)
 
     async def train(self, job: Job, decisions: Iterable[PromptDecided], tell: Tell) -> None:
         """Eq. 8 for each objective, from the policies that the round started from, on the pairs of the responses it accepted."""
         start, decisions = self._sampling_set(job), list(decisions)
         check(needed_by_training(self.base.folder, job.spec.training, len(start.objectives)), self.jobs_dir)
-        planner = Planner(self.base, start)
-        for objective in start.objectives:
-            pairs = pareto_pairs_of(decisions, objective, job.spec.preferences)
-            await self._train(job, job.round, planner.sipo(objective, pairs, job.spec.training_for(objective)), tell)
+
+        def plan() -> list[PlannedRun]:
+            planner = Planner(self.base, start)
+            pairs = {objective: pareto_pairs_of(decisions, objective, job.spec.preferences) for objective in start.objectives}
+            return [planner.sipo(objective, of, job.spec.training_for(objective)) for objective, of in pairs.items()]
+
+        await self._train_all(job, job.round, plan, tell)
 
     def unevaluated(self, job: Job) -> bool:
         """Whether the job asks for an evaluation of its round that has not ended yet."""
@@ -207,22 +212,33 @@ class Stages:
         folder, base = self._sft_folder(job), self.base
         if folder.finished() is None:
             check(needed_by_sft(base.folder, settings), self.jobs_dir)
-            run = SftRun(
-                base=base.folder,
-                base_name=base.ref.name,
-                base_sha256=base.ref.sha256,
-                prompt_format=base.prompt_format,
-                settings=settings,
-            )
-            folder.prepare(run, map(answers_of, examples))
+
+            def prepare() -> None:  # in a thread, as planning
+                run = SftRun(
+                    base=base.folder,
+                    base_name=base.ref.name,
+                    base_sha256=base.ref.sha256,
+                    prompt_format=base.prompt_format,
+                    settings=settings,
+                )
+                folder.prepare(run, map(answers_of, examples))
+
+            await asyncio.to_thread(prepare)
             await self.run_training(folder.run_file, tell)
         return folder.adapter
 
-    async def _train(self, job: Job, round_: int, planned: PlannedRun, tell: Tell) -> None:
-        folder = self._run_folder(job, round_, planned.name)
-        if folder.finished() is None:
-            folder.prepare(planned.run, planned.pairs)
-            await self.run_training(folder.run_file, tell)
+    def _examples(self, job: Job) -> list[Example]:
+        with self.files(job).input.open() as file:
+            return [Example.model_validate_json(line) for line in file]
+
+    async def _train_all(self, job: Job, round_: int, plan: Callable[[], list[PlannedRun]], tell: Tell) -> None:
+        # Planning imports torch and transformers, loads a tokenizer and hashes adapters: in a thread, as the lease is lost if the
+        # event loop stands still.
+        for planned in await asyncio.to_thread(plan):
+            folder = self._run_folder(job, round_, planned.name)
+            if folder.finished() is None:
+                await asyncio.to_thread(folder.prepare, planned.run, planned.pairs)
+                await self.run_training(folder.run_file, tell)
 
     def _publish(self, job: Job, round_: int, objectives: Iterable[str], *, parent: PolicySet | None, **how: Any) -> PolicySet:
         runs = {objective: self._run_folder(job, round_, objective) for objective in objectives}
