@@ -218,7 +218,7 @@ async def test_it_takes_its_turn_goes_on_with_the_next_trainer_and_shows_its_pag
         async with evaluating(redis, stages, evaluator_of(stages, log, stop=2), decoder):
             done = await until(redis, id, EvaluationState.COMPLETED)
     assert [path for path, _ in groupby(asked)] == ["/v1/sleep", "/v1/wake"] * 2
-    assert [line for line in log.read_text().splitlines() if line.startswith("batch")] == ["batch 12", "batch 12", "batch 4"]
+    assert [line for line in log.read_text().splitlines() if line.startswith("batch")] == ["batch 12", "batch 4", "batch 4"]
     report = EvaluationReport.model_validate((await gateway.get(f"/v1/evaluations/{id}/report.json")).json())
     assert (report.name, [method.name for method in report.methods]) == ("Two fronts", ["base", "mod@1", "soup"])
     page = await gateway.get(f"/v1/evaluations/{id}/index.html")
