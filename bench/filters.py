@@ -24,6 +24,7 @@ from gateway.settings import GatewaySettings
 from services.common.contract.messages import PromptDecided, ScoredCandidate
 from services.trainer.decisions import DecisionLog
 from sipo.conversation import as_text
+from sipo.datasets import bundled_on_policy_examples
 from sipo.datasets.bundled import BUNDLED_OBJECTIVES
 from sipo.evaluation.ground_truth import REWARDS
 from sipo.models import BUNDLED_MODEL, resolve_model
@@ -109,18 +110,20 @@ def truly_better(example: Example, text: str, objective: str | None) -> bool:
     return all(better(name, original) for name in BUNDLED_OBJECTIVES for original in (example.response_0, example.response_1))
 
 
-def decide(by: Filter) -> list[PromptDecided]:
+def decide(examples: list[Example], by: Filter) -> list[PromptDecided]:
     """The decisions of a round of the shipped policies, in a data folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         settings = GatewaySettings(host="127.0.0.1", data_dir=Path(folder))
         source = bundled_input(settings)
-        pairs_only = {"max_prompts": PROMPTS, "stop_after": "pairs", "evaluation": None, "activate": False, "filter": by}
-        job = asyncio.run(run_round(settings, replace(source, spec=source.spec.model_copy(update=pairs_only))))
+        pairs_only = {"max_prompts": None, "stop_after": "pairs", "evaluation": None, "activate": False, "filter": by}
+        spec = source.spec.model_copy(update=pairs_only)
+        job = asyncio.run(run_round(settings, replace(source, spec=spec, examples=examples, held_out=[])))
         return DecisionLog(settings.data_dir / "jobs" / job.id).read(1)
 
 
 def main() -> None:
-    decisions = decide(Filter(keep_truncated=True))
+    unseen = {example.prompt: example for example in bundled_on_policy_examples("validation") if example.conflicting()}
+    decisions = decide(list(unseen.values())[:PROMPTS], Filter(keep_truncated=True))
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(BUNDLED_MODEL, GatewaySettings().cache_dir))
 
     def tokens(text: str) -> int:

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 
 ROUND_PROMPTS = 16
 """Of a round on a caller's own data."""
-BUNDLED_ROUND_PROMPTS = 48
+BUNDLED_ROUND_PROMPTS = 40
 """Of a round on the bundled data, whose policies are there already."""
-EVALUATED_PROMPTS = 48
-BUNDLED_TRAINING = {"learning_rate": 4e-4}
-"""The round is short: so few steps have to be larger ones than those of a round of hundreds of prompts."""
+BUNDLED_WEIGHTS = (0.3, 0.7)
+"""Of the first objective, at which the round samples: half of the usual ones, as scoring is what takes longest."""
+BUNDLED_LEARNING_RATE = 4e-4
+"""So few steps have to be larger ones than those of a round of hundreds of prompts."""
+EVALUATED_PROMPTS = 40
 MAX_PROMPT_TOKENS = 256
 
 
@@ -74,8 +76,9 @@ def bundled_input(settings: CommonSettings) -> DemoInput:
     spec = _spec(shipped.manifest.name, shipped.objectives).model_copy(
         update={
             "max_prompts": BUNDLED_ROUND_PROMPTS,
+            "weights": [dict(zip(shipped.objectives, (weight, 1 - weight), strict=True)) for weight in BUNDLED_WEIGHTS],
             "evaluation": evaluation,
-            "training": TrainSettings(**BUNDLED_TRAINING),
+            "training": TrainSettings(learning_rate=BUNDLED_LEARNING_RATE),
         }
     )
     return DemoInput(
