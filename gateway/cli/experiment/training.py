@@ -23,7 +23,7 @@ from sipo.errors import TrainingFailed
 from sipo.files import write_atomically
 from sipo.preferences import Weights
 from sipo.resources import check, needed_by_sft, needed_by_training
-from sipo.training.data import alignment_pairs, tokenise
+from sipo.training.data import VALIDATION_SHARE, alignment_pairs, tokenise
 from sipo.training.planning import PlannedRun, Planner
 from sipo.training.run_folder import RunFolder
 from sipo.training.run_set import RunSet
@@ -102,7 +102,10 @@ def more_training(at: Workplace, step: Step, stage: MoreTraining) -> Made:
         pairs = list(alignment_pairs(examples, objective))
         trained = round_runs(step.uses["steps_of"], objective)
         steps[objective] = sum(metrics.steps for one in trained if (metrics := one.finished()) is not None)
-        settings = trained[0].run().settings.model_copy(update={"alpha": 0.0, "max_pairs": None})
+        settings = trained[0].run().settings.model_copy(update={"alpha": 0.0})
+        # No more pairs than those steps take, with a share held out: the reference's pass is over all of them.
+        taken = math.ceil((steps[objective] + 1) * settings.batch_size / (1 - VALIDATION_SHARE))
+        settings = settings.model_copy(update={"max_pairs": taken})
         rows = len(_train_rows(at, planner.sipo(objective, pairs, settings)))
         per_epoch = math.ceil(rows / settings.batch_size)
         settings = settings.model_copy(update={"epochs": epochs_of(steps[objective], per_epoch)})
