@@ -123,7 +123,7 @@ def test_the_bundled_round_trains_and_evaluates_on_prompts_that_the_shipped_poli
     source = bundled_input(CommonSettings(data_dir=data_dir))
     trained = {example.prompt for example in [*bundled_examples("train"), *bundled_on_policy_examples("train")]}
     prompts = [example.prompt for example in [*source.examples, *source.held_out]]
-    assert len(set(prompts)) == len(prompts) == 40 + 40
+    assert len(set(prompts)) == len(prompts) == 40 + 64
     assert not trained.intersection(prompts)
     assert all(example.conflicting(source.objectives) for example in source.examples)
     assert (source.round_prompts, source.spec.max_prompts) == (40, 40)

@@ -36,9 +36,9 @@ BUNDLED_ROUND_PROMPTS = 40
 """Of a round on the bundled data, whose policies are there already."""
 BUNDLED_WEIGHTS = (0.3, 0.7)
 """Of the first objective, at which the round samples: half of the usual ones, as scoring is what takes longest."""
-BUNDLED_LEARNING_RATE = 4e-4
-"""So few steps have to be larger ones than those of a round of hundreds of prompts."""
-EVALUATED_PROMPTS = 40
+BUNDLED_TRAINING = TrainSettings(epochs=2, batch_size=4)
+"""Twice, and in smaller steps than in a round of hundreds of prompts: else there would be too few of them."""
+EVALUATED_PROMPTS = 64
 MAX_PROMPT_TOKENS = 256
 
 
@@ -78,7 +78,7 @@ def bundled_input(settings: CommonSettings) -> DemoInput:
             "max_prompts": BUNDLED_ROUND_PROMPTS,
             "weights": [dict(zip(shipped.objectives, (weight, 1 - weight), strict=True)) for weight in BUNDLED_WEIGHTS],
             "evaluation": evaluation,
-            "training": TrainSettings(learning_rate=BUNDLED_LEARNING_RATE),
+            "training": BUNDLED_TRAINING,
         }
     )
     return DemoInput(

@@ -13,7 +13,7 @@ from services.common.contract.job_files import JobFiles
 from services.common.contract.reports import CandidatesAccount, Report, RoundReport
 from sipo.conversation import Prompt, as_messages, as_text
 from sipo.evaluation.task import TaskFolder
-from sipo.preferences import Weights, format_weights, one_hot_weights, uniform_weights
+from sipo.preferences import Weights, format_weights
 from sipo.training.settings import TrainMetrics
 from sipo.words import counted, share
 
@@ -116,10 +116,11 @@ def _show_training(title: str, metrics: Mapping[str, TrainMetrics]) -> None:
 
 
 def show_answers(gateway: Gateway, policy_set: str, objectives: Sequence[str], prompt: Prompt) -> None:
-    """The same question at three preference weights, asked at once: the decoder answers them in one batch."""
+    """The same question at three preference weights of the first two objectives, asked at once: the decoder answers them in one
+    batch."""
     console.print(f"\n{policy_set} at three preference weights, asked: {as_text(prompt)}", markup=False)
     first, second = objectives[:2]
-    asked = [one_hot_weights(first, objectives), uniform_weights(objectives), one_hot_weights(second, objectives)]
+    asked = [dict.fromkeys(objectives, 0.0) | {first: weight, second: 1 - weight} for weight in (0.75, 0.5, 0.25)]
 
     def answer(weights: Weights) -> str:
         body = {
