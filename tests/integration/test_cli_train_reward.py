@@ -52,7 +52,7 @@ def test_one_objective_of_labelled_rows_becomes_a_judge(environment: dict[str, s
     assert (
         "long: accuracy 1.000 on 5 pairs held out; before 0.500, and of who always prefers the longer response 1.000" in done.stdout
     )
-    assert "training 1/10, loss " in done.stdout
+    assert "training 1/5, loss " in done.stdout
     (folder,) = (data_dir / "reward-models").iterdir()
     assert f"name it as hf:{folder}" in done.stdout
     assert folder.name.startswith("long-")
