@@ -34,10 +34,10 @@ from sipo.models import Base
 from sipo.policies import JobRound, PolicySet, PolicyStore
 from sipo.preferences import Example
 from sipo.resources import check, needed_by_sft, needed_by_training
-from sipo.training.planning import PlannedRun, Planner
+from sipo.training.planning import PlannedRun, Planner, fine_tuning
 from sipo.training.run_folder import RunFolder, SftFolder
 from sipo.training.run_set import publish_runs
-from sipo.training.settings import SftRun, TrainMetrics, TrainSettings
+from sipo.training.settings import TrainMetrics, TrainSettings
 
 log = structlog.get_logger(__name__)
 
@@ -212,18 +212,7 @@ class Stages:
         folder, base = self._sft_folder(job), self.base
         if folder.finished() is None:
             check(needed_by_sft(base.folder, settings), self.jobs_dir)
-
-            def prepare() -> None:  # in a thread, as planning
-                run = SftRun(
-                    base=base.folder,
-                    base_name=base.ref.name,
-                    base_sha256=base.ref.sha256,
-                    prompt_format=base.prompt_format,
-                    settings=settings,
-                )
-                folder.prepare(run, map(answers_of, examples))
-
-            await asyncio.to_thread(prepare)
+            await asyncio.to_thread(folder.prepare, fine_tuning(base, settings), map(answers_of, examples))
             await self.run_training(folder.run_file, tell)
         return folder.adapter
 

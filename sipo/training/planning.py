@@ -14,7 +14,7 @@ from sipo.policies import PolicySet, adapter_sha256
 from sipo.preferences import Example, Weights
 from sipo.training.data import TrainingPair, alignment_pairs, tokenise
 from sipo.training.methods import lw_pairs, modpo_margins
-from sipo.training.settings import Method, TrainRun, TrainSettings
+from sipo.training.settings import Method, SftRun, TrainRun, TrainSettings
 from sipo.words import counted, share
 
 if TYPE_CHECKING:
@@ -137,6 +137,16 @@ class Planner:
             **fields,
         )
         return PlannedRun(name, run, list(pairs))
+
+
+def fine_tuning(base: Base, settings: TrainSettings) -> SftRun:
+    return SftRun(
+        base=base.folder,
+        base_name=base.ref.name,
+        base_sha256=base.ref.sha256,
+        prompt_format=base.prompt_format,
+        settings=settings,
+    )
 
 
 def _check_divergence(method: Method, settings: TrainSettings) -> None:

@@ -24,10 +24,9 @@ from sipo.files import write_atomically
 from sipo.preferences import Weights
 from sipo.resources import check, needed_by_sft, needed_by_training
 from sipo.training.data import VALIDATION_SHARE, alignment_pairs, tokenise
-from sipo.training.planning import PlannedRun, Planner
+from sipo.training.planning import PlannedRun, Planner, fine_tuning
 from sipo.training.run_folder import RunFolder
 from sipo.training.run_set import RunSet
-from sipo.training.settings import SftRun
 from sipo.words import counted
 
 MODELS_FILE = "models.yaml"
@@ -42,13 +41,7 @@ def cut(at: Workplace, step: Step, stage: Subset) -> Made:
 def fine_tune(at: Workplace, step: Step, stage: Sft) -> Made:
     base, settings = at.base, at.plan.experiment.settings(stage, step.training_seed)
     check(needed_by_sft(base.folder, settings), step.folder)
-    run = SftRun(
-        base=base.folder,
-        base_name=base.ref.name,
-        base_sha256=base.ref.sha256,
-        prompt_format=base.prompt_format,
-        settings=settings,
-    )
+    run = fine_tuning(base, settings)
     answered = [answers_of(example) for example in at.examples(step)]
     folder = fine_tuned(step)
     if (metrics := folder.finished()) is None:

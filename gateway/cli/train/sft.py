@@ -16,9 +16,10 @@ from sipo.errors import InvalidRequest
 from sipo.files import expanded
 from sipo.models import Base
 from sipo.resources import check, needed_by_sft
+from sipo.training.planning import fine_tuning
 from sipo.training.presets import NOT_OF_SFT, changed, read_preset, read_settings
 from sipo.training.process import take_one_gpu
-from sipo.training.settings import SftRun, TrainSettings
+from sipo.training.settings import TrainSettings
 from sipo.words import counted
 
 
@@ -62,9 +63,7 @@ def sft(
     from sipo.training.sft import account, train_sft
 
     disable_progress_bar()
-    run = SftRun(
-        base=base.folder, base_name=base.ref.name, base_sha256=base.ref.sha256, prompt_format=base.prompt_format, settings=chosen
-    )
+    run = fine_tuning(base, chosen)
     tell(account(answered, base.prompt_format, base.tokenizer, chosen))
     with Display() as display:
         display.begin("sft", counted(len(answered), "row"))
