@@ -85,7 +85,7 @@ def bundled_input(settings: CommonSettings) -> DemoInput:
         conflicting[:BUNDLED_ROUND_PROMPTS],
         shipped.objectives,
         spec,
-        len({str(example.prompt) for example in offered}),
+        len(_one_of_each_prompt(offered)),
         len(conflicting),
         _one_of_each_prompt(bundled_on_policy_examples("test"))[:EVALUATED_PROMPTS],
     )
